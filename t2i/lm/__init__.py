@@ -1,0 +1,9 @@
+"""Language models over text and image tokens: ``build_lm(name, pretrained=..., image_vocab=...)``."""
+
+from __future__ import annotations
+
+from .build import build_lm, load_lm, save_lm
+from .config import LM_CONFIGS, LMConfig
+from .model import TransformerLM
+
+__all__ = ["LM_CONFIGS", "LMConfig", "TransformerLM", "build_lm", "load_lm", "save_lm"]

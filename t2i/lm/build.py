@@ -1,0 +1,105 @@
+"""Making a language model: by name, from published weights, or from this project's own files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoints import read_checkpoint
+from .config import LM_CONFIGS, LMConfig
+from .model import TransformerLM
+
+FORMAT_VERSION = 1
+
+
+def build_lm(
+    name_or_config: str | LMConfig | None,
+    pretrained: str | Path | None = None,
+    *,
+    image_vocab: int | None = None,
+    image_init: str = "random",
+    text_vocab: int | None = None,
+) -> TransformerLM:
+    """A random model (``pretrained=None``) or a pre-trained one from the same call, on the CPU in fp32.
+
+    Args:
+        name_or_config: a name of ``LM_CONFIGS`` or a configuration. None takes it from the checkpoint, where that says.
+        pretrained: path of a checkpoint (``checkpoints.read_checkpoint``, or a folder written by ``save_lm``).
+        image_vocab: append that many image rows, started as ``image_init`` says; see ``TransformerLM.extend_vocabulary``.
+        image_init: "random" or "mean".
+        text_vocab: rows that the text tokenizer needs; see ``TransformerLM.extend_vocabulary``.
+
+    Random numbers come from torch's global generator: seed it with ``torch.manual_seed``.
+
+    Raises:
+        ValueError: an unknown name, or weights that do not fit.
+    """
+    config = get_config(name_or_config)
+    if pretrained is None:
+        if config is None:
+            raise ValueError("give a name, a configuration or pretrained weights")
+        lm = TransformerLM(config)
+    elif (Path(pretrained) / "lm.json").exists():
+        lm = load_lm(pretrained)
+        if config is not None and lm.config != config:
+            raise ValueError(f"{pretrained} holds another configuration than the one asked for: {lm.config}")
+    else:
+        lm = _with_weights(*read_checkpoint(pretrained, config))
+    if image_vocab is not None:
+        lm.extend_vocabulary(image_vocab, image_init, text_vocab=text_vocab)
+    return lm
+
+
+def get_config(name_or_config: str | LMConfig | None) -> LMConfig | None:
+    if not isinstance(name_or_config, str):
+        return name_or_config
+    if name_or_config not in LM_CONFIGS:
+        raise ValueError(f"no language model named {name_or_config!r}: choose one of {', '.join(LM_CONFIGS)}")
+    return LM_CONFIGS[name_or_config]
+
+
+def save_lm(lm: TransformerLM, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write ``lm.json`` and ``lm.safetensors`` into ``folder``; ``dtype`` (torch.float16) is what weights are stored as."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in lm.state_dict().items()}
+    if lm.config.tied:
+        del state["output.weight"]
+    # The weights first: lm.json is what marks a folder as complete.
+    part = folder / "lm.safetensors.part"
+    save_file(state, part)
+    os.replace(part, folder / "lm.safetensors")
+    part = folder / "lm.json.part"
+    part.write_text(json.dumps({"format_version": FORMAT_VERSION, "config": lm.config.to_dict()}, indent=2) + "\n")
+    os.replace(part, folder / "lm.json")
+
+
+def load_lm(folder: str | Path) -> TransformerLM:
+    """Read what ``save_lm`` wrote, into fp32 on the CPU whatever the storage type."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    description = json.loads((folder / "lm.json").read_text())
+    if description.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / 'lm.json'}: format version {description.get('format_version')}, this t2i reads {FORMAT_VERSION}"
+        )
+    state = {name: tensor.float() for name, tensor in load_file(folder / "lm.safetensors").items()}
+    return _with_weights(LMConfig.from_dict(description["config"]), state)
+
+
+def _with_weights(config: LMConfig, state: dict[str, Tensor]) -> TransformerLM:
+    with torch.device("meta"):  # no time spent on random weights
+        lm = TransformerLM(config)
+    if config.tied:
+        state = {**state, "output.weight": state["tok_embeddings.weight"]}
+    lm.load_state_dict(state, assign=True)
+    if config.tied:
+        lm.output.weight = lm.tok_embeddings.weight
+    return lm.to("cpu")  # brings the rotary tables along
