@@ -1,4 +1,4 @@
-"""Language models over text and image tokens: ``build_lm(name, pretrained=..., image_vocab=...)``."""
+"""Language models over text and image tokens; ``build_lm`` makes one."""
 
 from __future__ import annotations
 

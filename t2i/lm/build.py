@@ -24,12 +24,15 @@ def build_lm(
     image_init: str = "random",
     text_vocab: int | None = None,
 ) -> TransformerLM:
-    """A random model (``pretrained=None``) or a pre-trained one from the same call, on the CPU in fp32.
+    """A random model (``pretrained=None``) or a pre-trained one, fp32 on the CPU.
 
     Args:
-        name_or_config: a name of ``LM_CONFIGS`` or a configuration. None takes it from the checkpoint, where that says.
-        pretrained: path of a checkpoint (``checkpoints.read_checkpoint``, or a folder written by ``save_lm``).
-        image_vocab: append that many image rows, started as ``image_init`` says; see ``TransformerLM.extend_vocabulary``.
+        name_or_config: a name of ``LM_CONFIGS`` or a configuration. None takes it from the
+            checkpoint, where that says.
+        pretrained: path of a checkpoint (``checkpoints.read_checkpoint``, or a folder written by
+            ``save_lm``).
+        image_vocab: append that many image rows, started as ``image_init`` says; see
+            ``TransformerLM.extend_vocabulary``.
         image_init: "random" or "mean".
         text_vocab: rows that the text tokenizer needs; see ``TransformerLM.extend_vocabulary``.
 
@@ -46,7 +49,9 @@ def build_lm(
     elif (Path(pretrained) / "lm.json").exists():
         lm = load_lm(pretrained)
         if config is not None and lm.config != config:
-            raise ValueError(f"{pretrained} holds another configuration than the one asked for: {lm.config}")
+            raise ValueError(
+                f"{pretrained} holds another configuration than the one asked for: {lm.config}"
+            )
     else:
         lm = _with_weights(*read_checkpoint(pretrained, config))
     if image_vocab is not None:
@@ -58,17 +63,22 @@ def get_config(name_or_config: str | LMConfig | None) -> LMConfig | None:
     if not isinstance(name_or_config, str):
         return name_or_config
     if name_or_config not in LM_CONFIGS:
-        raise ValueError(f"no language model named {name_or_config!r}: choose one of {', '.join(LM_CONFIGS)}")
+        raise ValueError(
+            f"no language model named {name_or_config!r}: choose one of {', '.join(LM_CONFIGS)}"
+        )
     return LM_CONFIGS[name_or_config]
 
 
 def save_lm(lm: TransformerLM, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write ``lm.json`` and ``lm.safetensors`` into ``folder``; ``dtype`` (torch.float16) is what weights are stored as."""
+    """Write ``lm.json`` and ``lm.safetensors``; ``dtype`` (torch.float16) is the storage type."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in lm.state_dict().items()}
+    state = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in lm.state_dict().items()
+    }
     if lm.config.tied:
         del state["output.weight"]
     # The weights first: lm.json is what marks a folder as complete.
@@ -76,7 +86,10 @@ def save_lm(lm: TransformerLM, folder: str | Path, dtype: torch.dtype | None = N
     save_file(state, part)
     os.replace(part, folder / "lm.safetensors")
     part = folder / "lm.json.part"
-    part.write_text(json.dumps({"format_version": FORMAT_VERSION, "config": lm.config.to_dict()}, indent=2) + "\n")
+    part.write_text(
+        json.dumps({"format_version": FORMAT_VERSION, "config": lm.config.to_dict()}, indent=2)
+        + "\n"
+    )
     os.replace(part, folder / "lm.json")
 
 
@@ -86,9 +99,10 @@ def load_lm(folder: str | Path) -> TransformerLM:
 
     folder = Path(folder)
     description = json.loads((folder / "lm.json").read_text())
-    if description.get("format_version") != FORMAT_VERSION:
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder / 'lm.json'}: format version {description.get('format_version')}, this t2i reads {FORMAT_VERSION}"
+            f"{folder / 'lm.json'}: format version {version}, this t2i reads {FORMAT_VERSION}"
         )
     state = {name: tensor.float() for name, tensor in load_file(folder / "lm.safetensors").items()}
     return _with_weights(LMConfig.from_dict(description["config"]), state)

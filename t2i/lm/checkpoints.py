@@ -1,7 +1,7 @@
 """Published weights under this project's names: Hugging Face Llama, GGUF Llama, open_lm, LlamaGen.
 
-Every reader returns ``(config, state_dict)`` with fp32 tensors and accounts for each tensor of the file: one that is
-missing, left over, or of another shape is an error that lists it.
+Every reader returns ``(config, state_dict)`` with fp32 tensors and accounts for each tensor of the
+file: one that is missing, left over, or of another shape is an error that lists it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ def read_checkpoint(path: str | Path, config: LMConfig | None = None) -> tuple[L
     """Read any supported checkpoint; the kind is told from the file itself.
 
     Args:
-        path: a folder with ``config.json`` and safetensors (Hugging Face Llama), a ``.gguf`` file, or a ``.pt``/``.pth``
-            file of open_lm or LlamaGen.
-        config: needed for open_lm and LlamaGen, whose files do not say how many heads they have. For the others it is
-            checked against what the file says.
+        path: a folder with ``config.json`` and safetensors (Hugging Face Llama), a ``.gguf`` file,
+            or a ``.pt``/``.pth`` file of open_lm or LlamaGen.
+        config: needed for open_lm and LlamaGen, whose files do not say how many heads they have.
+            For the others it is checked against what the file says.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
-        ValueError: an unknown kind of file, a variant that this model does not cover, or weights that do not fit.
+        ValueError: an unknown kind of file, a variant that this model does not cover, or weights
+            that do not fit.
     """
     path = Path(path)
     if not path.exists():
@@ -42,9 +43,12 @@ def read_checkpoint(path: str | Path, config: LMConfig | None = None) -> tuple[L
         found, state = read_gguf(path)
     else:
         if config is None:
-            raise ValueError(f"{path.name} does not say how many heads it has: name a configuration for it")
+            raise ValueError(
+                f"{path.name} does not say how many heads it has: name a configuration for it"
+            )
         tensors = _read_torch(path)
-        read = _read_llamagen if any(name.startswith("cls_embedding.") for name in tensors) else _read_open_lm
+        is_llamagen = any(name.startswith("cls_embedding.") for name in tensors)
+        read = _read_llamagen if is_llamagen else _read_open_lm
         return read(tensors, config, str(path))
     if config is not None:
         _check_same_architecture(config, found, path)
@@ -52,7 +56,7 @@ def read_checkpoint(path: str | Path, config: LMConfig | None = None) -> tuple[L
 
 
 def read_huggingface(folder: str | Path) -> tuple[LMConfig, State]:
-    """A ``LlamaForCausalLM`` folder: ``config.json`` and ``model.safetensors``, or its shards with their index."""
+    """A ``LlamaForCausalLM`` folder: ``config.json`` with ``model.safetensors`` or its shards."""
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -67,7 +71,9 @@ def read_huggingface(folder: str | Path) -> tuple[LMConfig, State]:
         shards = ["model.safetensors"]
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)} (weights are read from safetensors only)")
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)} (weights are read from safetensors only)"
+        )
     tensors: State = {}
     for shard in shards:
         tensors.update(load_file(folder / shard))
@@ -75,20 +81,29 @@ def read_huggingface(folder: str | Path) -> tuple[LMConfig, State]:
 
 
 def read_gguf(path: str | Path) -> tuple[LMConfig, State]:
-    """A GGUF file of the llama architecture, dequantised. Needs the package ``gguf`` (``pip install gguf``)."""
-    reader = _gguf_reader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items() if name.startswith(("llama.", "general."))}
+    """A GGUF file of the llama architecture, dequantised. Needs ``pip install gguf``."""
+    reader = open_gguf(path)
+    fields = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith(("llama.", "general."))
+    }
     if fields.get("general.architecture") != "llama":
-        raise ValueError(f"{path}: architecture {fields.get('general.architecture')!r}, expected 'llama'")
-    if fields.get("llama.rope.scaling.type", "none") != "none":
-        raise ValueError(f"{path}: rope scaling {fields['llama.rope.scaling.type']!r} is not supported, only plain rope")
+        raise ValueError(
+            f"{path}: architecture {fields.get('general.architecture')!r}, expected 'llama'"
+        )
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"{path}: rope scaling {scaling!r} is not supported, only 'none'")
 
     import gguf
 
     tensors: State = {}
     for tensor in reader.tensors:
         name = _gguf_name(tensor.name)
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        values = torch.from_numpy(
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()
+        ).float()
         values = values.reshape([int(size) for size in tensor.shape[::-1]])
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
             heads = "llama.attention.head_count" + ("_kv" if ".k_proj." in name else "")
@@ -114,7 +129,7 @@ def read_gguf(path: str | Path) -> tuple[LMConfig, State]:
     return config, _from_llama(_Tensors(tensors, str(path)), config)
 
 
-def _gguf_reader(path: str | Path):
+def open_gguf(path: str | Path):
     try:
         import gguf
     except ImportError as error:
@@ -125,7 +140,7 @@ def _gguf_reader(path: str | Path):
 
 
 def _gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor -> Hugging Face's; an unknown one is kept, and reported as left over."""
+    """llama.cpp's name of a tensor -> Hugging Face's. An unknown one stays, to be reported."""
     outer = {
         "token_embd.weight": "model.embed_tokens.weight",
         "output_norm.weight": "model.norm.weight",
@@ -149,24 +164,25 @@ def _gguf_name(name: str) -> str:
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp stores q and k rows for interleaved rotary pairs: (i, half) within a head; back to (half, i)."""
+    """llama.cpp stores the q and k rows of a head for interleaved rotary pairs; undo that."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 def _shortest(value: float) -> float:
-    """1e-5 read from a float32 field is 9.999999747378752e-06; give back the number that was meant."""
+    """The number that was meant: 1e-5 read from a float32 field is 9.999999747378752e-06."""
     return float(f"{value:.6g}")
 
 
 def _config_from_huggingface(fields: dict[str, Any], source: Path) -> LMConfig:
-    def require(name: str, value: Any, default: Any) -> None:
-        if fields.get(name, default) != value:
+    covered = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    for name, value in covered.items():
+        if fields.get(name, value) != value:
             raise ValueError(f"{source}: {name}={fields[name]!r} is not supported, only {value!r}")
-
-    require("model_type", "llama", None) if "model_type" in fields else None
-    require("hidden_act", "silu", "silu")
-    require("attention_bias", False, False)
-    require("mlp_bias", False, False)
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
@@ -192,7 +208,8 @@ def _from_llama(tensors: _Tensors, config: LMConfig) -> State:
     """Hugging Face's Llama names -> ours; q, k, v and gate, up are stacked."""
     dim, ffn = config.dim, config.ffn_dim
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    tensors.ignore(r"(model\.layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # written by old versions; computed here
+    # Old versions of transformers wrote the rotary frequencies; they are computed here.
+    tensors.ignore(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
     state = {
         "tok_embeddings.weight": tensors.take("model.embed_tokens.weight", config.vocab_size, dim),
         "norm.weight": tensors.take("model.norm.weight", dim),
@@ -213,11 +230,16 @@ def _from_llama(tensors: _Tensors, config: LMConfig) -> State:
         )
         state[ours + "attention.out.weight"] = tensors.take(attention + "o_proj.weight", dim, q)
         state[ours + "feed_forward.gate_up.weight"] = torch.cat(
-            [tensors.take(mlp + "gate_proj.weight", ffn, dim), tensors.take(mlp + "up_proj.weight", ffn, dim)]
+            [
+                tensors.take(mlp + "gate_proj.weight", ffn, dim),
+                tensors.take(mlp + "up_proj.weight", ffn, dim),
+            ]
         )
         state[ours + "feed_forward.down.weight"] = tensors.take(mlp + "down_proj.weight", dim, ffn)
         state[ours + "attention_norm.weight"] = tensors.take(theirs + "input_layernorm.weight", dim)
-        state[ours + "ffn_norm.weight"] = tensors.take(theirs + "post_attention_layernorm.weight", dim)
+        state[ours + "ffn_norm.weight"] = tensors.take(
+            theirs + "post_attention_layernorm.weight", dim
+        )
     tensors.finish()
     return state
 
@@ -228,8 +250,8 @@ def _read_torch(path: Path) -> State:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} is not a file of plain tensors ({type(error).__name__}); pickled objects are not loaded, "
-            "save its state dict alone and try again"
+            f"{path} is not a file of plain tensors ({type(error).__name__}); pickled objects are "
+            "not loaded: save its state dict alone and try again"
         ) from error
     for container in ("state_dict", "model", "module"):
         if isinstance(checkpoint, dict) and isinstance(checkpoint.get(container), dict):
@@ -245,7 +267,7 @@ def _read_torch(path: Path) -> State:
 
 
 def _read_open_lm(tensors: State, config: LMConfig, source: str) -> tuple[LMConfig, State]:
-    """open_lm: names of its model.py. The kind of norm is told from the file, positions from ``config.rotary``."""
+    """open_lm. The file tells the kind of norm; ``config`` tells the positions."""
     config = config.replace(
         norm_bias="norm.bias" in tensors,
         qk_norm="full" if "layers.0.attention.q_norm.weight" in tensors else "none",
@@ -281,12 +303,13 @@ def _read_open_lm(tensors: State, config: LMConfig, source: str) -> tuple[LMConf
 
 
 def _read_llamagen(tensors: State, config: LMConfig, source: str) -> tuple[LMConfig, State]:
-    """LlamaGen's GPT, class- or text-conditional. What kind of prefix it has is told from the file; the grid of image
-    tokens is not in it and comes from ``config``."""
+    """LlamaGen's GPT. The file tells the kind of prefix; ``config`` the grid of image tokens."""
     config = config.replace(prefix_rotary="zero")
     uncond = tensors.get("cls_embedding.uncond_embedding")
     if uncond is not None and config.prefix != "caption" and config.image_grid is not None:
-        config = with_caption_prefix(config, config.image_grid, length=uncond.shape[0], dim=uncond.shape[1])
+        config = with_caption_prefix(
+            config, config.image_grid, length=uncond.shape[0], dim=uncond.shape[1]
+        )
     source_tensors = _Tensors(tensors, source)
     dim, ffn = config.dim, config.ffn_dim
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -298,10 +321,20 @@ def _read_llamagen(tensors: State, config: LMConfig, source: str) -> tuple[LMCon
     if config.prefix == "caption":
         shape = (config.prefix_length, config.prefix_dim)
         take("prefix_embedding.uncond_embedding", "cls_embedding.uncond_embedding", *shape)
-        take("prefix_embedding.fc1.weight", "cls_embedding.cap_proj.fc1.weight", dim, config.prefix_dim)
+        take(
+            "prefix_embedding.fc1.weight",
+            "cls_embedding.cap_proj.fc1.weight",
+            dim,
+            config.prefix_dim,
+        )
         take("prefix_embedding.fc2.weight", "cls_embedding.cap_proj.fc2.weight", dim, dim)
     else:
-        take("prefix_embedding.table.weight", "cls_embedding.embedding_table.weight", config.prefix_dim + 1, dim)
+        take(
+            "prefix_embedding.table.weight",
+            "cls_embedding.embedding_table.weight",
+            config.prefix_dim + 1,
+            dim,
+        )
     for end in ("tok_embeddings.weight", "output.weight"):
         take(end, end, config.vocab_size, dim)
     take("norm.weight", "norm.weight", dim)
@@ -310,7 +343,10 @@ def _read_llamagen(tensors: State, config: LMConfig, source: str) -> tuple[LMCon
         take(layer + "attention.qkv.weight", layer + "attention.wqkv.weight", q + 2 * kv, dim)
         take(layer + "attention.out.weight", layer + "attention.wo.weight", dim, q)
         state[layer + "feed_forward.gate_up.weight"] = torch.cat(
-            [source_tensors.take(f"{layer}feed_forward.{name}.weight", ffn, dim) for name in ("w1", "w3")]
+            [
+                source_tensors.take(f"{layer}feed_forward.{name}.weight", ffn, dim)
+                for name in ("w1", "w3")
+            ]
         )
         take(layer + "feed_forward.down.weight", layer + "feed_forward.w2.weight", dim, ffn)
         take(layer + "attention_norm.weight", layer + "attention_norm.weight", dim)
@@ -320,10 +356,24 @@ def _read_llamagen(tensors: State, config: LMConfig, source: str) -> tuple[LMCon
 
 
 def _check_same_architecture(asked: LMConfig, found: LMConfig, path: Path) -> None:
-    """Everything that changes what the weights compute; how a random model starts, and how long, may differ."""
-    fields = ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_dim", "text_vocab_size", "tied")
+    """Everything that changes what the weights compute; how a random model starts, and how long,
+    may differ."""
+    fields = (
+        "dim",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "ffn_dim",
+        "text_vocab_size",
+        "tied",
+    )
     fields += ("norm", "norm_bias", "norm_eps", "qk_norm", "rotary", "rotary_theta")
-    differ = [f"{f}={getattr(found, f)} (asked: {getattr(asked, f)})" for f in fields if getattr(found, f) != getattr(asked, f)]
+    differ = [
+        f"{f}={getattr(found, f)} (asked: {getattr(asked, f)})"
+        for f in fields
+        if getattr(found, f) != getattr(asked, f)
+    ]
     if differ:
         raise ValueError(f"{path} is another model than the one asked for: {', '.join(differ)}")
 
@@ -337,7 +387,8 @@ class _Tensors:
         self.misshapen: list[str] = []
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor as fp32. A wrong one is noted, so that ``finish`` reports all of them together."""
+        """The tensor as fp32. A wrong one is noted, so that ``finish`` reports all of them
+        together."""
         tensor = self.left.pop(name, None)
         if tensor is None:
             self.missing.append(name)
@@ -348,16 +399,24 @@ class _Tensors:
         return torch.empty(shape)
 
     def ignore(self, pattern: str) -> None:
-        self.left = {name: tensor for name, tensor in self.left.items() if not re.fullmatch(pattern, name)}
+        self.left = {
+            name: tensor for name, tensor in self.left.items() if not re.fullmatch(pattern, name)
+        }
 
     def finish(self) -> None:
         problems = [
             f"{title}: {_some(names)}"
-            for title, names in (("missing", self.missing), ("wrong shape", self.misshapen), ("unknown", self.left))
+            for title, names in (
+                ("missing", self.missing),
+                ("wrong shape", self.misshapen),
+                ("unknown", self.left),
+            )
             if names
         ]
         if problems:
-            raise ValueError(f"{self.source} does not fit the configuration; " + "; ".join(problems))
+            raise ValueError(
+                f"{self.source} does not fit the configuration; " + "; ".join(problems)
+            )
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:

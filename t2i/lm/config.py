@@ -20,24 +20,29 @@ _CHOICES = {
 class LMConfig:
     """One decoder-only transformer: pre-norm, SwiGLU, no biases in the linear layers.
 
-    Vocabulary. Rows [0, text_vocab_size) are text, the ``image_vocab_size`` rows after them are image codes: the token of
-    code c is ``text_vocab_size + c`` at both the embedding and the output end.
+    Vocabulary. Rows [0, text_vocab_size) are text, the ``image_vocab_size`` rows after them are
+    image codes: the token of code c is ``text_vocab_size + c`` at both the embedding and the output
+    end.
 
-    Positions. ``rotary`` names how head channels pair up: "half" (i with i + D/2: GPT-NeoX, Llama, open_lm),
-    "interleaved" (2i with 2i + 1: LlamaGen), "none", or "head": angles by the index of the *head*, as the released
-    open_lm-1b was trained. There q and k of a head turn by the same angle, which cancels in q·k, so "head" computes what
-    "none" does and says where the weights come from. With ``image_grid`` = (h, w) the angles are two-dimensional: the
-    first half of the pairs turns by the row, the second by the column of the image token.
+    Positions. ``rotary`` names how head channels pair up: "half" (i with i + D/2: GPT-NeoX, Llama,
+    open_lm), "interleaved" (2i with 2i + 1: LlamaGen), "none", or "head": angles by the index of
+    the *head*, as the released open_lm-1b was trained. There q and k of a head turn by the same
+    angle, which cancels in q·k, so "head" computes what "none" does and says where the weights come
+    from. With ``image_grid`` = (h, w) the angles are two-dimensional: the first half of the pairs
+    turns by the row, the second by the column of the image token.
 
-    Prefix. LlamaGen conditions on embeddings instead of text tokens: "class" looks up one of ``prefix_dim`` classes,
-    "caption" passes ``prefix_length`` feature vectors of width ``prefix_dim`` through an MLP. ``prefix_rotary`` says what
-    two-dimensional angles these positions get: "diagonal" gives position p the coordinates (p, p) and lets the image
-    start at (P, P), the convention of Qwen2-VL (arXiv 2409.12191); "zero" copies LlamaGen's all-zero table, which
-    multiplies q and k by 0, so that every query attends to the prefix uniformly. Right for its weights, for nothing else.
+    Prefix. LlamaGen conditions on embeddings instead of text tokens: "class" looks up one of
+    ``prefix_dim`` classes, "caption" passes ``prefix_length`` feature vectors of width
+    ``prefix_dim`` through an MLP. ``prefix_rotary`` says what two-dimensional angles these
+    positions get: "diagonal" gives position p the coordinates (p, p) and lets the image start at
+    (P, P), the convention of Qwen2-VL (arXiv 2409.12191); "zero" copies LlamaGen's all-zero table,
+    which multiplies q and k by 0, so that every query attends to the prefix uniformly. Right for
+    its weights, for nothing else.
 
-    Initialisation. "fan_in" is open_lm's: normal with std 1/sqrt(fan_in) cut at three std, the attention-out and
-    FFN-down projections of layer l (from 0) divided by sqrt(2(l + 1)), embedding and output std 1/sqrt(dim). "normal" is
-    N(0, ``init_std``²) throughout (Llama, LlamaGen); ``zero_init_output`` starts from uniform predictions (LlamaGen).
+    Initialisation. "fan_in" is open_lm's: normal with std 1/sqrt(fan_in) cut at three std, the
+    attention-out and FFN-down projections of layer l (from 0) divided by sqrt(2(l + 1)), embedding
+    and output std 1/sqrt(dim). "normal" is N(0, ``init_std``²) throughout (Llama, LlamaGen);
+    ``zero_init_output`` starts from uniform predictions (LlamaGen).
 
     Raises:
         ValueError: a field is outside its choices or contradicts another.
@@ -57,7 +62,9 @@ class LMConfig:
     norm: str = "rmsnorm"
     norm_bias: bool = False
     norm_eps: float = 1e-5
-    qk_norm: str = "none"  # "head": over the channels of a head; "full": over all heads at once (open_lm)
+    qk_norm: str = (
+        "none"  # "head": over the channels of a head; "full": over all heads at once (open_lm)
+    )
     rotary: str = "half"
     rotary_theta: float = 10000.0
     image_grid: tuple[int, int] | None = None
@@ -74,34 +81,41 @@ class LMConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.head_dim:
             if self.dim % self.num_heads:
-                raise ValueError(f"dim={self.dim} is not a multiple of num_heads={self.num_heads}: give head_dim")
+                raise ValueError(
+                    f"dim={self.dim} is not a multiple of num_heads={self.num_heads}: give head_dim"
+                )
             object.__setattr__(self, "head_dim", self.dim // self.num_heads)
         if self.image_grid is not None:  # JSON has no tuples
             object.__setattr__(self, "image_grid", tuple(self.image_grid))
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
-                raise ValueError(f"{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.rotary == "head" and self.num_kv_heads != self.num_heads:
-            raise ValueError("rotary='head' cancels in q·k only without grouped heads: num_kv_heads must be num_heads")
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r}: choose one of {', '.join(choices)}"
+                )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}")
+        if self.rotary == "head" and kv_heads != heads:
+            raise ValueError(f"rotary='head' needs num_kv_heads = num_heads, not {kv_heads}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: expected 0 <= dropout < 1")
         pairs = 2 if self.image_grid is None else 4
         if self.rotary != "none" and self.head_dim % pairs:
-            raise ValueError(f"head_dim={self.head_dim}: these rotary positions need a multiple of {pairs}")
-        if (self.prefix == "none") != (self.prefix_length == 0) or (self.prefix == "none") != (self.prefix_dim == 0):
             raise ValueError(
-                f"prefix={self.prefix!r} with prefix_dim={self.prefix_dim} and prefix_length={self.prefix_length}: "
-                "either all three are given or none"
+                f"head_dim={self.head_dim}: rotary positions need a multiple of {pairs}"
             )
+        prefix = (self.prefix != "none", self.prefix_dim > 0, self.prefix_length > 0)
+        if any(prefix) != all(prefix):
+            raise ValueError("prefix, prefix_dim and prefix_length: give all three or none")
         if self.prefix == "class" and self.prefix_length != 1:
             raise ValueError(f"prefix_length={self.prefix_length}: a class takes one position")
-        if self.image_grid is not None:
-            if self.rotary not in ("half", "interleaved"):
-                raise ValueError(f"image_grid needs rotary 'half' or 'interleaved', not {self.rotary!r}")
-            if self.prefix == "none":
-                raise ValueError("image_grid needs a prefix: behind text of any length no position is known as the first")
+        if self.image_grid is not None and self.rotary not in ("half", "interleaved"):
+            raise ValueError(f"rotary={self.rotary!r}: image_grid needs 'half' or 'interleaved'")
+        if self.image_grid is not None and self.prefix == "none":
+            raise ValueError(
+                "image_grid needs a prefix: behind a text of any length the first "
+                "position of the image is not known"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -109,7 +123,8 @@ class LMConfig:
 
     @property
     def image_tokens(self) -> slice:
-        """The rows of the vocabulary that are image codes, for ``TransformerLM.forward(logits=...)``."""
+        """The rows of the vocabulary that are image codes, for
+        ``TransformerLM.forward(logits=...)``."""
         return slice(self.text_vocab_size, self.vocab_size)
 
     def replace(self, **changes: Any) -> LMConfig:
@@ -123,12 +138,15 @@ class LMConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(fields) - known)
         if unknown:
-            raise ValueError(f"unknown fields of a language model's configuration: {', '.join(unknown)}")
+            raise ValueError(
+                f"unknown fields of a language model's configuration: {', '.join(unknown)}"
+            )
         return cls(**fields)
 
 
 def _open_lm(dim: int, num_layers: int, num_heads: int, **changes: Any) -> LMConfig:
-    """open_lm: LayerNorm with bias, GPT-NeoX vocabulary padded to 50,432 rows, FFN 8/3 dim rounded up to 256."""
+    """open_lm: LayerNorm with bias, GPT-NeoX vocabulary padded to 50,432 rows, FFN 8/3 dim rounded
+    up to 256."""
     return LMConfig(
         dim=dim,
         num_layers=num_layers,
@@ -142,7 +160,8 @@ def _open_lm(dim: int, num_layers: int, num_heads: int, **changes: Any) -> LMCon
 
 
 def _llamagen(dim: int, num_layers: int, num_heads: int) -> LMConfig:
-    """LlamaGen, class-conditional at 256 x 256 with VQ-16: 16 x 16 image tokens behind one class position."""
+    """LlamaGen, class-conditional at 256 x 256 with VQ-16: 16 x 16 image tokens behind one class
+    position."""
     return LMConfig(
         dim=dim,
         num_layers=num_layers,
@@ -161,16 +180,24 @@ def _llamagen(dim: int, num_layers: int, num_heads: int) -> LMConfig:
     )
 
 
-def with_caption_prefix(config: LMConfig, grid: tuple[int, int], *, length: int = 120, dim: int = 2048) -> LMConfig:
-    """The text-conditional sibling of a LlamaGen configuration: ``length`` caption features of width ``dim`` (T5-XL)."""
+def with_caption_prefix(
+    config: LMConfig, grid: tuple[int, int], *, length: int = 120, dim: int = 2048
+) -> LMConfig:
+    """The text-conditional sibling of a LlamaGen configuration: ``length`` caption features of
+    width ``dim`` (T5-XL)."""
     positions = length + grid[0] * grid[1]
     return config.replace(
-        prefix="caption", prefix_dim=dim, prefix_length=length, image_grid=grid, max_positions=positions
+        prefix="caption",
+        prefix_dim=dim,
+        prefix_length=length,
+        image_grid=grid,
+        max_positions=positions,
     )
 
 
 LM_CONFIGS: dict[str, LMConfig] = {
-    # The default model of the project: captions of the emoji set, 16-bit weights small enough to ship.
+    # The default model of the project: captions of the emoji set, 16-bit weights small enough to
+    # ship.
     "emoji": LMConfig(
         dim=320,
         num_layers=8,
@@ -187,7 +214,9 @@ LM_CONFIGS: dict[str, LMConfig] = {
     "open_lm_160m": _open_lm(768, 12, 12),
     "open_lm_410m": _open_lm(1024, 24, 16),
     "open_lm_1b": _open_lm(2048, 24, 16),
-    "open_lm_1b_old": _open_lm(2048, 24, 16, rotary="head"),  # the positions of the released weights
+    "open_lm_1b_old": _open_lm(
+        2048, 24, 16, rotary="head"
+    ),  # the positions of the released weights
     "smollm2-135m": LMConfig(
         dim=576,
         num_layers=30,

@@ -15,9 +15,11 @@ from .config import LMConfig
 
 
 def rotary_tables(config: LMConfig) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines of every position, fp32 [max_positions, head_dim / 2]; None where nothing is rotated.
+    """Cosines and sines of every position, fp32 [max_positions, head_dim / 2]; None where nothing
+    is rotated.
 
-    Source: RoFormer (arXiv 2104.09864). Computed in fp32, as the published weights were trained: an exact table differs
+    Source: RoFormer (arXiv 2104.09864). Computed in fp32, as the published weights were trained: an
+        exact table differs
     by up to 5e-4 rad at position 8,000.
     """
     if config.rotary in ("none", "head"):
@@ -30,15 +32,22 @@ def rotary_tables(config: LMConfig) -> tuple[Tensor, Tensor] | None:
 
 
 def _rotary_tables_2d(config: LMConfig) -> tuple[Tensor, Tensor]:
-    """Prefix positions, then the image in raster order; the first half of the pairs turns by row, the rest by column."""
+    """Prefix positions, then the image in raster order; the first half of the pairs turns by row,
+    the rest by column."""
     (height, width), prefix = config.image_grid, config.prefix_length
     origin = prefix if config.prefix_rotary == "diagonal" else 0
     before = torch.arange(prefix)
     image = origin + torch.cartesian_prod(torch.arange(height), torch.arange(width))
-    coordinates = torch.cat([torch.stack([before, before], dim=-1), image]).float()  # [positions, (row, column)]
-    angles = (coordinates[..., None] * _frequencies(config.head_dim // 2, config.rotary_theta)).flatten(1)
+    coordinates = torch.cat(
+        [torch.stack([before, before], dim=-1), image]
+    ).float()  # [positions, (row, column)]
+    angles = (
+        coordinates[..., None] * _frequencies(config.head_dim // 2, config.rotary_theta)
+    ).flatten(1)
     cos, sin = angles.cos(), angles.sin()
-    if config.prefix_rotary == "zero":  # LlamaGen: no rotation at all would be cos 1; its table holds 0 there
+    if (
+        config.prefix_rotary == "zero"
+    ):  # LlamaGen: no rotation at all would be cos 1; its table holds 0 there
         cos[:prefix] = 0.0
         sin[:prefix] = 0.0
     return cos, sin
@@ -49,7 +58,8 @@ def _frequencies(channels: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn each pair of channels of x [..., L, H, D] by its angle; cos, sin [..., L, D/2] fp32. Computed in fp32."""
+    """Turn each pair of channels of x [..., L, H, D] by its angle; cos, sin [..., L, D/2] fp32.
+    Computed in fp32."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
         a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -59,9 +69,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 
 
 class TransformerLM(nn.Module):
-    """Causal language model over ``config.vocab_size`` tokens: text rows first, image rows behind them.
+    """Causal language model over ``config.vocab_size`` tokens: text rows first, image rows behind
+    them.
 
-    Built with random weights from torch's global generator; ``build_lm`` also loads pre-trained ones.
+    Built with random weights from torch's global generator; ``build_lm`` also loads pre-trained
+    ones.
     """
 
     def __init__(self, config: LMConfig):
@@ -91,13 +103,15 @@ class TransformerLM(nn.Module):
 
         Args:
             tokens: int64 [B, L]; None for a prefix alone.
-            prefix: conditioning of a model with a prefix: int64 [B] classes or [B, P, prefix_dim] caption features. It
-                takes the first P positions of the sequence.
-            cu_seqlens: int32 [documents + 1], where each document starts in a packed batch of one row (B = 1); the last
-                entry is L. Documents do not see each other and each starts at position 0.
-            cache: one KVCache a layer (``allocate_cache``): the tokens continue what it holds, and it holds them
-                afterwards. Without gradients.
-            logits: rows of the vocabulary to score, all by default; ``config.image_tokens`` while an image is drawn.
+            prefix: conditioning of a model with a prefix: int64 [B] classes or [B, P, prefix_dim]
+                caption features. It takes the first P positions of the sequence.
+            cu_seqlens: int32 [documents + 1], where each document starts in a packed batch of one
+                row (B = 1); the last entry is L. Documents do not see each other and each starts at
+                position 0.
+            cache: one KVCache a layer (``allocate_cache``): the tokens continue what it holds, and
+                it holds them afterwards. Without gradients.
+            logits: rows of the vocabulary to score, all by default; ``config.image_tokens`` while
+                an image is drawn.
 
         Returns:
             fp32 [B, P + L, rows], P being 0 without a prefix.
@@ -105,7 +119,9 @@ class TransformerLM(nn.Module):
         Raises:
             ValueError: a wrong shape, or more positions than ``config.max_positions``.
         """
-        return self.head(self.features(tokens, prefix=prefix, cu_seqlens=cu_seqlens, cache=cache), logits)
+        return self.head(
+            self.features(tokens, prefix=prefix, cu_seqlens=cu_seqlens, cache=cache), logits
+        )
 
     def features(
         self,
@@ -118,7 +134,9 @@ class TransformerLM(nn.Module):
         """The normalised last hidden states [B, P + L, dim]; arguments as in ``forward``."""
         x = self.dropout(self._embed(tokens, prefix))
         if cu_seqlens is not None and (cache is not None or x.shape[0] != 1):
-            raise ValueError(f"cu_seqlens packs documents into one row without a cache: got {x.shape[0]} rows")
+            raise ValueError(
+                f"cu_seqlens packs documents into one row without a cache: got {x.shape[0]} rows"
+            )
         rope, tables = self._positions(x, cu_seqlens, cache)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, tables, cu_seqlens, None if cache is None else cache[i])
@@ -128,20 +146,29 @@ class TransformerLM(nn.Module):
         return self.norm(x)
 
     def head(self, features: Tensor, logits: slice | None = None) -> Tensor:
-        """fp32 logits [..., rows] of features [..., dim]; only the asked rows of the output layer are multiplied."""
+        """fp32 logits [..., rows] of features [..., dim]; only the asked rows of the output layer
+        are multiplied."""
         weight = self.output.weight if logits is None else self.output.weight[logits]
         return F.linear(features, weight).float()
 
-    def allocate_cache(self, batch: int, max_seqlen: int, *, start: Tensor | None = None) -> list[KVCache]:
-        """An empty cache for ``batch`` rows of up to ``max_seqlen`` positions in the type of the weights.
+    def allocate_cache(
+        self, batch: int, max_seqlen: int, *, start: Tensor | None = None
+    ) -> list[KVCache]:
+        """An empty cache for ``batch`` rows of up to ``max_seqlen`` positions in the type of the
+        weights.
 
-        ``start`` int32 [batch] counts the slots of left padding in front of each row: never attended to, and a row's
-        position 0 is its first slot behind them.
+        ``start`` int32 [batch] counts the slots of left padding in front of each row: never
+        attended to, and a row's position 0 is its first slot behind them.
         """
         config, weight = self.config, self.output.weight
         cache = [
             KVCache.allocate(
-                batch, max_seqlen, config.num_kv_heads, config.head_dim, dtype=weight.dtype, device=weight.device
+                batch,
+                max_seqlen,
+                config.num_kv_heads,
+                config.head_dim,
+                dtype=weight.dtype,
+                device=weight.device,
             )
             for _ in self.layers
         ]
@@ -151,16 +178,20 @@ class TransformerLM(nn.Module):
         return cache
 
     @torch.no_grad()
-    def extend_vocabulary(self, image_vocab: int, init: str = "random", *, text_vocab: int | None = None) -> None:
-        """Append ``image_vocab`` rows for image codes at both ends, in place; a tied model stays tied.
+    def extend_vocabulary(
+        self, image_vocab: int, init: str = "random", *, text_vocab: int | None = None
+    ) -> None:
+        """Append ``image_vocab`` rows for image codes at both ends, in place; a tied model stays
+        tied.
 
         Args:
             image_vocab: number of codes of the image tokenizer.
-            init: "random": as the model's own embedding and output start; "mean": every new row is the mean of the text
-                rows (Hewitt 2021, "Initializing new word embeddings"), so that no old token loses probability to one
-                odd new one.
-            text_vocab: rows that the text tokenizer needs. Where it has more tokens than the model has rows (separators
-                added to a pre-trained tokenizer), text rows are appended first; spare rows are kept.
+            init: "random": as the model's own embedding and output start; "mean": every new row is
+                the mean of the text rows (Hewitt 2021, "Initializing new word embeddings"), so that
+                no old token loses probability to one odd new one.
+            text_vocab: rows that the text tokenizer needs. Where it has more tokens than the model
+                has rows (separators added to a pre-trained tokenizer), text rows are appended
+                first; spare rows are kept.
 
         Raises:
             ValueError: the model has image rows already, or an argument is out of range.
@@ -173,7 +204,9 @@ class TransformerLM(nn.Module):
         if init not in ("random", "mean"):
             raise ValueError(f"init={init!r}: choose 'random' or 'mean'")
         new_text = max(0, (text_vocab or 0) - config.text_vocab_size)
-        grown = config.replace(text_vocab_size=config.text_vocab_size + new_text, image_vocab_size=image_vocab)
+        grown = config.replace(
+            text_vocab_size=config.text_vocab_size + new_text, image_vocab_size=image_vocab
+        )
 
         def grow(weight: Tensor) -> nn.Parameter:
             rows = weight.new_empty(new_text + image_vocab, config.dim)
@@ -210,19 +243,24 @@ class TransformerLM(nn.Module):
             parts.append(self.prefix_embedding(prefix))
         if tokens is not None:
             if tokens.dim() != 2 or tokens.dtype != torch.int64:
-                raise ValueError(f"tokens: expected int64 [B, L], got {tokens.dtype} {tuple(tokens.shape)}")
+                raise ValueError(
+                    f"tokens: expected int64 [B, L], got {tokens.dtype} {tuple(tokens.shape)}"
+                )
             parts.append(self.tok_embeddings(tokens))
         if not parts:
             raise ValueError("tokens and prefix are both None: nothing to read")
         x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if x.shape[1] > config.max_positions:
-            raise ValueError(f"a sequence of {x.shape[1]} positions exceeds max_positions={config.max_positions}")
+            raise ValueError(
+                f"a sequence of {x.shape[1]} positions exceeds max_positions={config.max_positions}"
+            )
         return x
 
     def _positions(
         self, x: Tensor, cu_seqlens: Tensor | None, cache: Sequence[KVCache] | None
     ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """What to rotate by: (angles of these positions, for the layer) or (whole tables, for decode_attention)."""
+        """What to rotate by: (angles of these positions, for the layer) or (whole tables, for
+        decode_attention)."""
         if self._tables is None:
             return None, None
         cos, sin = self._tables
@@ -230,7 +268,8 @@ class TransformerLM(nn.Module):
         if cache is not None:
             if self.config.image_grid is None:
                 return None, self._tables  # the op counts positions from each row's first token
-            # The image starts at a fixed slot, however much of the prefix is padding: angles go by slot.
+            # The image starts at a fixed slot, however much of the prefix is padding: angles go by
+            # slot.
             slots = cache[0].seqlens[:, None] + torch.arange(length, device=x.device)
             return (cos[slots], sin[slots]), None
         if cu_seqlens is not None:
@@ -259,7 +298,9 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rope, tables, cu_seqlens, cache) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), rope, tables, cu_seqlens, cache))
+        x = x + self.dropout(
+            self.attention(self.attention_norm(x), rope, tables, cu_seqlens, cache)
+        )
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
     def reset_parameters(self, depth: int) -> None:
@@ -289,8 +330,9 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        """x [B, L, dim] -> [B, L, dim]. ``rope`` are the angles of these positions, rotated here; ``tables`` those of all
-        positions, rotated inside ``decode_attention``; at most one is given."""
+        """x [B, L, dim] -> [B, L, dim]. ``rope`` are the angles of these positions, rotated here;
+        ``tables`` those of all positions, rotated inside ``decode_attention``; at most one is
+        given."""
         config = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, config.head_dim))
         q, k, v = qkv.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
@@ -306,10 +348,14 @@ class Attention(nn.Module):
             q, k = (rotate(t, *rope, interleaved=interleaved) for t in (q, k))
         if cache is not None:
             cos, sin = tables or (None, None)
-            y = decode_attention(q, k, v, cache, rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved)
+            y = decode_attention(
+                q, k, v, cache, rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved
+            )
         elif cu_seqlens is not None:
             q, k, v = (t.squeeze(0) for t in (q, k, v))
-            y = flash_attention(q, k, v, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens).unsqueeze(0)
+            y = flash_attention(
+                q, k, v, causal=True, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens
+            ).unsqueeze(0)
         else:
             y = flash_attention(q, k, v, causal=True)
         return self.out(y.flatten(-2))
@@ -348,7 +394,9 @@ class ClassPrefix(nn.Module):
     def forward(self, classes: Tensor) -> Tensor:
         """int64 [B] -> [B, 1, dim]."""
         if classes.dim() != 1 or classes.dtype != torch.int64:
-            raise ValueError(f"prefix: expected int64 [B] classes, got {classes.dtype} {tuple(classes.shape)}")
+            raise ValueError(
+                f"prefix: expected int64 [B] classes, got {classes.dtype} {tuple(classes.shape)}"
+            )
         return self.table(classes).unsqueeze(1)
 
     def unconditional(self, batch: int) -> Tensor:
@@ -360,19 +408,22 @@ class ClassPrefix(nn.Module):
 
 
 class CaptionPrefix(nn.Module):
-    """Caption features through an MLP; ``uncond_embedding`` stands for the features of a dropped caption."""
+    """Caption features through an MLP; ``uncond_embedding`` stands for the features of a dropped
+    caption."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
         self.shape = (config.prefix_length, config.prefix_dim)
         self.fc1 = nn.Linear(config.prefix_dim, config.dim, bias=False)
         self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
-        self.register_buffer("uncond_embedding", torch.zeros(self.shape))  # random and fixed: LlamaGen does not train it
+        # Random and fixed: LlamaGen does not train it.
+        self.register_buffer("uncond_embedding", torch.zeros(self.shape))
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, P, prefix_dim] -> [B, P, dim]."""
         if features.dim() != 3 or tuple(features.shape[1:]) != self.shape:
-            raise ValueError(f"prefix: expected features [B, {self.shape[0]}, {self.shape[1]}], got {tuple(features.shape)}")
+            expected = f"[B, {self.shape[0]}, {self.shape[1]}]"
+            raise ValueError(f"prefix: expected features {expected}, got {tuple(features.shape)}")
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
 
     def unconditional(self, batch: int) -> Tensor:
@@ -404,7 +455,8 @@ def _init_rows(weight: Tensor, config: LMConfig) -> None:
 
 
 def _init_linear(weight: Tensor, config: LMConfig, depth: int | None = None) -> None:
-    """A projection [out, in]; ``depth`` is the layer's index where its result is added to the residual stream."""
+    """A projection [out, in]; ``depth`` is the layer's index where its result is added to the
+    residual stream."""
     if config.init == "normal":
         return _normal(weight, config.init_std, cut=False)
     std = weight.shape[1] ** -0.5
