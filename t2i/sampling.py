@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,21 +28,27 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one call of ``sample_codes`` did, and in which time."""
+    """What was drawn, and in which time. Statistics of several batches add up."""
 
-    images: int
-    tokens: int  # image tokens drawn, over all images
-    prefill_seconds: float  # reading the prompts and drawing the first token of each image
-    decode_seconds: float  # the other tokens
-
-    @property
-    def seconds(self) -> float:
-        return self.prefill_seconds + self.decode_seconds
+    images: int = 0
+    tokens: int = 0  # image tokens, over all images
+    prefill_seconds: float = 0.0  # reading prompts and drawing the first token of each image
+    decode_seconds: float = 0.0  # drawing the other tokens
+    pixel_seconds: float = 0.0  # from codes to pixels
 
     @property
     def tokens_per_second(self) -> float:
-        """Image tokens drawn in a second, over all images of the batch, prefill included."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """Image tokens drawn in a second, over all images, reading the prompts included."""
+        seconds = self.prefill_seconds + self.decode_seconds
+        return self.tokens / seconds if seconds else 0.0
+
+    @property
+    def seconds_per_image(self) -> float:
+        seconds = self.prefill_seconds + self.decode_seconds + self.pixel_seconds
+        return seconds / self.images if self.images else 0.0
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 class Samples(NamedTuple):
@@ -98,7 +104,7 @@ def sample_codes(
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed each")
     if not len(prompts):
-        return Samples(torch.empty(0, *grid, dtype=torch.int64), Statistics(0, 0, 0.0, 0.0))
+        return Samples(torch.empty(0, *grid, dtype=torch.int64), Statistics())
 
     with (
         torch.no_grad(),

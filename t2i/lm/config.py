@@ -62,9 +62,7 @@ class LMConfig:
     norm: str = "rmsnorm"
     norm_bias: bool = False
     norm_eps: float = 1e-5
-    qk_norm: str = (
-        "none"  # "head": over the channels of a head; "full": over all heads at once (open_lm)
-    )
+    qk_norm: str = "none"  # over the channels of each "head", or of all at once: "full" (open_lm)
     rotary: str = "half"
     rotary_theta: float = 10000.0
     image_grid: tuple[int, int] | None = None
@@ -123,7 +121,7 @@ class LMConfig:
 
     @property
     def image_tokens(self) -> slice:
-        """The rows of the vocabulary that are image codes, for
+        """Rows of the vocabulary that are image codes, for
         ``TransformerLM.forward(logits=...)``."""
         return slice(self.text_vocab_size, self.vocab_size)
 
@@ -145,8 +143,8 @@ class LMConfig:
 
 
 def _open_lm(dim: int, num_layers: int, num_heads: int, **changes: Any) -> LMConfig:
-    """open_lm: LayerNorm with bias, GPT-NeoX vocabulary padded to 50,432 rows, FFN 8/3 dim rounded
-    up to 256."""
+    """LayerNorm with bias, GPT-NeoX vocabulary padded to 50,432 rows, FFN 8/3 dim in steps of
+    256."""
     return LMConfig(
         dim=dim,
         num_layers=num_layers,
@@ -160,8 +158,7 @@ def _open_lm(dim: int, num_layers: int, num_heads: int, **changes: Any) -> LMCon
 
 
 def _llamagen(dim: int, num_layers: int, num_heads: int) -> LMConfig:
-    """LlamaGen, class-conditional at 256 x 256 with VQ-16: 16 x 16 image tokens behind one class
-    position."""
+    """Class-conditional at 256 x 256 with VQ-16: one class position, then 16 x 16 image tokens."""
     return LMConfig(
         dim=dim,
         num_layers=num_layers,
@@ -183,8 +180,8 @@ def _llamagen(dim: int, num_layers: int, num_heads: int) -> LMConfig:
 def with_caption_prefix(
     config: LMConfig, grid: tuple[int, int], *, length: int = 120, dim: int = 2048
 ) -> LMConfig:
-    """The text-conditional sibling of a LlamaGen configuration: ``length`` caption features of
-    width ``dim`` (T5-XL)."""
+    """A LlamaGen configuration's text-conditional sibling: ``length`` T5 features of width
+    ``dim``."""
     positions = length + grid[0] * grid[1]
     return config.replace(
         prefix="caption",
@@ -196,8 +193,7 @@ def with_caption_prefix(
 
 
 LM_CONFIGS: dict[str, LMConfig] = {
-    # The default model of the project: captions of the emoji set, 16-bit weights small enough to
-    # ship.
+    # The default model: captions of the emoji set, 16-bit weights small enough to ship.
     "emoji": LMConfig(
         dim=320,
         num_layers=8,
@@ -214,9 +210,7 @@ LM_CONFIGS: dict[str, LMConfig] = {
     "open_lm_160m": _open_lm(768, 12, 12),
     "open_lm_410m": _open_lm(1024, 24, 16),
     "open_lm_1b": _open_lm(2048, 24, 16),
-    "open_lm_1b_old": _open_lm(
-        2048, 24, 16, rotary="head"
-    ),  # the positions of the released weights
+    "open_lm_1b_old": _open_lm(2048, 24, 16, rotary="head"),  # as the released weights
     "smollm2-135m": LMConfig(
         dim=576,
         num_layers=30,

@@ -58,8 +58,7 @@ def _frequencies(channels: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Turn each pair of channels of x [..., L, H, D] by its angle; cos, sin [..., L, D/2] fp32.
-    Computed in fp32."""
+    """Turn each pair of channels of x [..., L, H, D] by its angle; cos, sin fp32 [..., L, D/2]."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
         a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -69,11 +68,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
 
 
 class TransformerLM(nn.Module):
-    """Causal language model over ``config.vocab_size`` tokens: text rows first, image rows behind
-    them.
+    """Causal language model over text tokens and, behind them, image tokens.
 
-    Built with random weights from torch's global generator; ``build_lm`` also loads pre-trained
-    ones.
+    Starts with random weights from torch's global generator; ``build_lm`` also loads trained ones.
     """
 
     def __init__(self, config: LMConfig):
@@ -133,29 +130,29 @@ class TransformerLM(nn.Module):
     ) -> Tensor:
         """The normalised last hidden states [B, P + L, dim]; arguments as in ``forward``."""
         x = self.dropout(self._embed(tokens, prefix))
-        if cu_seqlens is not None and (cache is not None or x.shape[0] != 1):
-            raise ValueError(
-                f"cu_seqlens packs documents into one row without a cache: got {x.shape[0]} rows"
-            )
+        rows, length = x.shape[:2]
+        if cu_seqlens is not None and (cache is not None or rows != 1):
+            raise ValueError(f"cu_seqlens packs one row, without a cache; got {rows} rows")
+        if cu_seqlens is None and length > self.config.max_positions:
+            limit = self.config.max_positions
+            raise ValueError(f"a sequence of {length} positions exceeds max_positions={limit}")
         rope, tables = self._positions(x, cu_seqlens, cache)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, tables, cu_seqlens, None if cache is None else cache[i])
         if cache is not None:
             for layer_cache in cache:
-                layer_cache.advance(x.shape[1])
+                layer_cache.advance(length)
         return self.norm(x)
 
     def head(self, features: Tensor, logits: slice | None = None) -> Tensor:
-        """fp32 logits [..., rows] of features [..., dim]; only the asked rows of the output layer
-        are multiplied."""
+        """fp32 logits [..., rows] of features [..., dim], multiplying only the rows asked for."""
         weight = self.output.weight if logits is None else self.output.weight[logits]
         return F.linear(features, weight).float()
 
     def allocate_cache(
         self, batch: int, max_seqlen: int, *, start: Tensor | None = None
     ) -> list[KVCache]:
-        """An empty cache for ``batch`` rows of up to ``max_seqlen`` positions in the type of the
-        weights.
+        """An empty cache for ``batch`` rows of up to ``max_seqlen`` tokens, one KVCache a layer.
 
         ``start`` int32 [batch] counts the slots of left padding in front of each row: never
         attended to, and a row's position 0 is its first slot behind them.
@@ -181,8 +178,9 @@ class TransformerLM(nn.Module):
     def extend_vocabulary(
         self, image_vocab: int, init: str = "random", *, text_vocab: int | None = None
     ) -> None:
-        """Append ``image_vocab`` rows for image codes at both ends, in place; a tied model stays
-        tied.
+        """Append ``image_vocab`` rows for image codes at both ends; a tied model stays tied.
+
+        In place, with new parameters: make the optimizer afterwards.
 
         Args:
             image_vocab: number of codes of the image tokenizer.
@@ -249,18 +247,13 @@ class TransformerLM(nn.Module):
             parts.append(self.tok_embeddings(tokens))
         if not parts:
             raise ValueError("tokens and prefix are both None: nothing to read")
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        if x.shape[1] > config.max_positions:
-            raise ValueError(
-                f"a sequence of {x.shape[1]} positions exceeds max_positions={config.max_positions}"
-            )
-        return x
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _positions(
         self, x: Tensor, cu_seqlens: Tensor | None, cache: Sequence[KVCache] | None
     ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
-        """What to rotate by: (angles of these positions, for the layer) or (whole tables, for
-        decode_attention)."""
+        """(angles of these positions, None) to rotate here, or (None, tables of all positions) for
+        ``decode_attention`` to rotate by; (None, None) without positions."""
         if self._tables is None:
             return None, None
         cos, sin = self._tables
@@ -268,8 +261,7 @@ class TransformerLM(nn.Module):
         if cache is not None:
             if self.config.image_grid is None:
                 return None, self._tables  # the op counts positions from each row's first token
-            # The image starts at a fixed slot, however much of the prefix is padding: angles go by
-            # slot.
+            # The image starts at a fixed slot, however much of the prefix is padding.
             slots = cache[0].seqlens[:, None] + torch.arange(length, device=x.device)
             return (cos[slots], sin[slots]), None
         if cu_seqlens is not None:

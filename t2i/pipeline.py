@@ -1,0 +1,263 @@
+"""Text to pictures in one call: ``T2I.from_pretrained().sample("a red apple, twemoji style")``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .lm import TransformerLM, load_lm, save_lm
+from .sampling import Statistics, sample_codes
+from .text import TextTokenizer
+from .tokenizer import load_tokenizer, save_tokenizer
+
+FORMAT_VERSION = 1
+SHIPPED = Path(__file__).parent / "pretrained" / "emoji64"
+
+
+class T2I:
+    """An image tokenizer, a language model over its codes, and the captions' tokenizer.
+
+    Args:
+        tokenizer: from ``t2i.tokenizer``; turns codes into images.
+        lm: whose image vocabulary has as many rows as ``tokenizer`` has codes.
+        text: whose tokens the text rows of ``lm`` cover.
+        image_size: (height, width) of the images, multiples of ``tokenizer.downsampling``.
+        name: shown to people.
+
+    Raises:
+        ValueError: the parts do not fit each other.
+
+    After ``sample``, ``statistics`` says how long it took.
+    """
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        lm: TransformerLM,
+        text: TextTokenizer,
+        *,
+        image_size: tuple[int, int],
+        name: str = "t2i",
+    ):
+        config, step = lm.config, tokenizer.downsampling
+        if tokenizer.num_codes != config.image_vocab_size:
+            raise ValueError(
+                f"the image tokenizer has {tokenizer.num_codes} codes, the language model rows for "
+                f"{config.image_vocab_size}"
+            )
+        if text.vocab_size > config.text_vocab_size:
+            raise ValueError(
+                f"the text tokenizer has {text.vocab_size} tokens, the language model rows for "
+                f"{config.text_vocab_size}"
+            )
+        height, width = image_size
+        if height % step or width % step:
+            raise ValueError(f"image_size={height}x{width}: expected multiples of {step}")
+        self.tokenizer = tokenizer.eval()
+        self.lm = lm.eval()
+        self.text = text
+        self.image_size = (height, width)
+        self.name = name
+        self.statistics: Statistics | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w): the image tokens of a picture."""
+        return tuple(size // self.tokenizer.downsampling for size in self.image_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.output.weight.device
+
+    def to(self, device: str | torch.device) -> T2I:
+        self.lm.to(device)
+        self.tokenizer.to(device)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path | None = None, *, device: str | torch.device | None = None
+    ) -> T2I:
+        """Load what ``save_pretrained`` wrote; without a path, the weights that ship with t2i.
+
+        Weights become fp32. ``device``: by default a GPU where there is one, else the CPU.
+
+        Raises:
+            FileNotFoundError: ``path`` holds no model.
+            ValueError: it was written by another version.
+        """
+        path = SHIPPED if path is None else Path(path)
+        description_file = path / "model.json"
+        if not description_file.exists():
+            raise FileNotFoundError(f"{path} holds no model.json: not a t2i model")
+        description = json.loads(description_file.read_text())
+        version = description.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{description_file}: format version {version}, this t2i reads {FORMAT_VERSION}"
+            )
+        model = cls(
+            load_tokenizer(path),
+            load_lm(path),
+            TextTokenizer.from_file(path / "text_tokenizer.json"),
+            image_size=tuple(description["image_size"]),
+            name=description["name"],
+        )
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return model.to(device)
+
+    def save_pretrained(
+        self, path: str | Path, *, dtype: torch.dtype = torch.float16, card: str | None = None
+    ) -> None:
+        """Write the model as a folder.
+
+        ``model.json``, ``tokenizer.json`` and ``.safetensors`` (images), ``lm.json`` and
+        ``.safetensors``, ``text_tokenizer.json`` and, with ``card``, its text as ``README.md``.
+        ``dtype`` is the storage type of the weights.
+        """
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        save_tokenizer(self.tokenizer, path, dtype=dtype)
+        save_lm(self.lm, path, dtype=dtype)
+        self.text.save(path / "text_tokenizer.json")
+        if card is not None:
+            _write(path / "README.md", card)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "image_size": list(self.image_size),
+            "grid": list(self.grid),
+            "special_tokens": {
+                "endoftext": self.text.endoftext_id,
+                "image": self.text.image_id,
+                "pad": self.text.pad_id,
+            },
+        }
+        _write(path / "model.json", json.dumps(description, indent=2) + "\n")
+
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        n: int = 1,
+        *,
+        cfg: float | Sequence[float] = 3.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 16,
+        backend: str | None = None,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> list[Image.Image]:
+        """Draw ``n`` pictures for each prompt.
+
+        Args:
+            prompts: one caption or several, of any lengths.
+            n: pictures a prompt.
+            seed: picture i of every prompt has seed + i, and depends on that, its prompt and the
+                options alone: picture 3 of ``seed=0`` is picture 0 of ``seed=3``.
+            batch_size: pictures drawn together; bounds memory, changes no picture.
+            progress: True shows a bar; a function is called with (tokens done, tokens in all).
+            cfg, temperature, top_k, top_p, backend: see ``sampling.sample_codes``.
+
+        Returns:
+            ``len(prompts) * n`` RGB images, those of the first prompt first.
+
+        Raises:
+            TypeError: a prompt that is not text.
+            ValueError: no prompt, an empty or too long one, or an option out of range.
+        """
+        rows = self._tokens([prompts] if isinstance(prompts, str) else prompts)
+        if n < 1:
+            raise ValueError(f"n={n}: expected at least 1 picture a prompt")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1")
+        work = [(row, seed + i) for row in rows for i in range(n)]
+        images: list[Image.Image] = []
+        total = Statistics()
+        with _progress(progress, len(work) * self.grid[0] * self.grid[1]) as report:
+            for first in range(0, len(work), batch_size):
+                batch = work[first : first + batch_size]
+                codes, statistics = sample_codes(
+                    self.lm,
+                    [row for row, _ in batch],
+                    seeds=[seed for _, seed in batch],
+                    grid=self.grid,
+                    unconditional=self.text.prompt(None),
+                    cfg=cfg,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    backend=backend,
+                    progress=report and (lambda done, _, k=len(batch): report(k)),
+                )
+                started = time.perf_counter()
+                images += self.decode(codes)
+                total += statistics + Statistics(pixel_seconds=time.perf_counter() - started)
+        self.statistics = total
+        return images
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Pictures of codes int64 [N, h, w]."""
+        pixels = self.tokenizer.decode(codes.to(self.device)).clamp(-1, 1)
+        pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return [Image.fromarray(image) for image in pixels.cpu().numpy()]
+
+    def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The prompts as tokens, each checked."""
+        prompts = list(prompts)
+        if not prompts:
+            raise ValueError("prompts: expected at least one")
+        room = self.lm.config.max_positions - self.grid[0] * self.grid[1]
+        rows = []
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise TypeError(f"prompts[{i}]: expected text, got {type(prompt).__name__}")
+            if not prompt.strip():
+                raise ValueError(f"prompts[{i}] is empty")
+            row = self.text.prompt(prompt)
+            if len(row) > room:
+                raise ValueError(
+                    f"prompts[{i}] has {len(row)} tokens with its separators; beside a picture "
+                    f"there is room for {room}"
+                )
+            rows.append(row)
+        return rows
+
+
+@contextlib.contextmanager
+def _progress(progress: bool | Callable[[int, int], None], total: int):
+    """Yields None, or a function to be called with the number of tokens just drawn."""
+    if not progress:
+        yield None
+    elif callable(progress):
+        done = 0
+
+        def report(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            progress(done, total)
+
+        yield report
+    else:
+        from rich.progress import Progress
+
+        with Progress() as bar:
+            task = bar.add_task("drawing", total=total)
+            yield lambda tokens: bar.advance(task, tokens)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
