@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .lm import TransformerLM, load_lm, save_lm
-from .sampling import Statistics, sample_codes
+from .sampling import Progress, Statistics, sample_codes
 from .text import TextTokenizer
 from .tokenizer import load_tokenizer, save_tokenizer
 
@@ -156,7 +156,7 @@ class T2I:
         seed: int = 0,
         batch_size: int = 16,
         backend: str | None = None,
-        progress: bool | Callable[[int, int], None] = False,
+        progress: bool | Progress = False,
     ) -> list[Image.Image]:
         """Draw ``n`` pictures for each prompt.
 
@@ -184,7 +184,12 @@ class T2I:
         work = [(row, seed + i) for row in rows for i in range(n)]
         images: list[Image.Image] = []
         total = Statistics()
-        with _progress(progress, len(work) * self.grid[0] * self.grid[1]) as report:
+        size = self.grid[0] * self.grid[1]
+
+        def on_token(done: int, _: int) -> None:
+            report(len(images) * size + len(batch) * done, len(work) * size)
+
+        with _progress(progress) as report:
             for first in range(0, len(work), batch_size):
                 batch = work[first : first + batch_size]
                 codes, statistics = sample_codes(
@@ -198,7 +203,7 @@ class T2I:
                     top_k=top_k,
                     top_p=top_p,
                     backend=backend,
-                    progress=report and (lambda done, _, k=len(batch): report(k)),
+                    progress=report and on_token,
                 )
                 started = time.perf_counter()
                 images += self.decode(codes)
@@ -236,25 +241,16 @@ class T2I:
 
 
 @contextlib.contextmanager
-def _progress(progress: bool | Callable[[int, int], None], total: int):
-    """Yields None, or a function to be called with the number of tokens just drawn."""
-    if not progress:
-        yield None
-    elif callable(progress):
-        done = 0
+def _progress(progress: bool | Progress) -> Iterator[Progress | None]:
+    """The caller's function, a bar for True, None for False."""
+    if progress is not True:
+        yield progress or None
+        return
+    from rich.progress import Progress as Bar
 
-        def report(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            progress(done, total)
-
-        yield report
-    else:
-        from rich.progress import Progress
-
-        with Progress() as bar:
-            task = bar.add_task("drawing", total=total)
-            yield lambda tokens: bar.advance(task, tokens)
+    with Bar() as bar:
+        task = bar.add_task("drawing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _write(path: Path, text: str) -> None:

@@ -126,6 +126,11 @@ class LMConfig:
         return slice(self.text_vocab_size, self.vocab_size)
 
     def replace(self, **changes: Any) -> LMConfig:
+        """A copy with other fields; heads that followed from ``num_heads`` and ``dim`` still do."""
+        if self.num_kv_heads == self.num_heads:
+            changes.setdefault("num_kv_heads", 0)
+        if self.head_dim * self.num_heads == self.dim:
+            changes.setdefault("head_dim", 0)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

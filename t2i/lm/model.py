@@ -234,7 +234,7 @@ class TransformerLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def _embed(self, tokens: Tensor | None, prefix: Tensor | None) -> Tensor:
-        config, parts = self.config, []
+        parts = []
         if prefix is not None:
             if self.prefix_embedding is None:
                 raise ValueError("prefix is given, but this model has none (config.prefix='none')")

@@ -1,0 +1,314 @@
+"""Sampling: the noise, the filters, guidance, and pictures that depend on seed and prompt alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from t2i.lm import LM_CONFIGS, LMConfig, TransformerLM
+from t2i.sampling import Statistics, gumbel_noise, keep_likely, sample_codes
+
+TINY = LMConfig(
+    dim=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_dim=48,
+    text_vocab_size=20,
+    image_vocab_size=30,
+    max_positions=40,
+)
+UNCOND = [0, 1]
+PROMPTS = [[0, 5, 6, 1], [0, 7, 1], [0, 8, 9, 10, 11, 12, 1]]
+
+
+@pytest.fixture(scope="module")
+def lm() -> TransformerLM:
+    torch.manual_seed(0)
+    model = TransformerLM(TINY)
+    with torch.no_grad():
+        model.output.weight.mul_(4)  # opinions strong enough to be told from noise
+    return model
+
+
+def draw(lm, prompts=PROMPTS, seeds=(1, 2, 3), **options) -> torch.Tensor:
+    options = {"grid": (3, 4), "unconditional": UNCOND, "cfg": 3.0, **options}
+    return sample_codes(lm, prompts, seeds=list(seeds), **options).codes
+
+
+@torch.no_grad()
+def draw_plainly(lm, prompt, seed, *, num_tokens, cfg, temperature=1.0, top_k=0, top_p=1.0):
+    """The same picture without cache, batch or padding: the full text again for every token."""
+    codes: list[int] = []
+    first = lm.config.text_vocab_size
+    lm.eval()
+    for position in range(num_tokens):
+        image = [first + code for code in codes]
+        cond = lm(torch.tensor([[*prompt, *image]]))[0, -1, first:]
+        uncond = lm(torch.tensor([[*UNCOND, *image]]))[0, -1, first:]
+        logits = keep_likely((uncond + cfg * (cond - uncond))[None] / temperature, top_k, top_p)
+        noise = gumbel_noise(torch.tensor([seed]), position, lm.config.image_vocab_size)
+        codes.append((logits + noise).argmax().item())
+    return codes
+
+
+# --- noise
+
+
+def test_noise_is_gumbel():
+    noise = gumbel_noise(torch.arange(20), 3, 20_000)
+    assert noise.mean().item() == pytest.approx(0.57722, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.02)
+    # Kolmogorov-Smirnov distance of 400,000 draws; 0.00256 is exceeded once in a hundred times.
+    uniform = torch.exp(-torch.exp(-noise)).flatten().sort().values
+    distance = (uniform - (torch.arange(400_000) + 0.5) / 400_000).abs().max()
+    assert distance < 0.00256
+
+
+def test_noise_of_neighbours_is_unrelated():
+    """Seeds, positions and codes that differ by one, and (seed, position) that swap."""
+    noise = torch.stack([gumbel_noise(torch.arange(4), p, 10_000) for p in range(4)])
+    rows = noise.flatten(0, 1)
+    assert len(rows.flatten().unique()) == rows.numel()
+    correlation = torch.corrcoef(torch.cat([rows[:, :-1], rows[:, 1:]]))
+    off_diagonal = correlation - torch.eye(32, dtype=torch.float64)
+    assert off_diagonal.abs().max() < 0.05  # 5 standard deviations of chance
+
+
+def test_noise_is_a_fixed_function():
+    """Numbers by Python's integers: another platform, or a changed constant, shows here."""
+    mask = (1 << 64) - 1
+
+    def mix(x):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    for seed, position in [(0, 0), (1, 5), (2**40, 255), (-3, 1)]:
+        state = (mix(seed & mask) + position) & mask
+        bits = [mix((mix(state) + 0x9E3779B97F4A7C15 * (code + 1)) & mask) for code in range(4)]
+        expected = [-math.log(-math.log(((b >> 12) + 0.5) / 2**52)) for b in bits]
+        got = gumbel_noise(torch.tensor([seed]), position, 4)[0]
+        assert got.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gumbel_max_draws_from_the_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    picks = (logits + gumbel_noise(torch.arange(40_000), 0, 4)).argmax(dim=-1)
+    share = picks.bincount(minlength=4) / 40_000
+    assert torch.allclose(share, logits.softmax(0), atol=0.01)
+
+
+# --- filters
+
+
+def kept(logits: list[float], top_k: int, top_p: float) -> list[int]:
+    return (
+        torch.isfinite(keep_likely(torch.tensor([logits]), top_k, top_p))[0]
+        .nonzero()[:, 0]
+        .tolist()
+    )
+
+
+def test_top_k_and_top_p():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().tolist()
+    assert kept(logits, 0, 1.0) == [0, 1, 2, 3]
+    assert kept(logits, 2, 1.0) == [1, 3]
+    assert kept(logits, 9, 1.0) == [0, 1, 2, 3]
+    assert kept(logits, 0, 0.49) == [1]
+    assert kept(logits, 0, 0.51) == [1, 3]
+    assert kept(logits, 0, 0.76) == [1, 2, 3]
+    assert kept(logits, 0, 1e-9) == [1]  # never nothing
+    assert kept(logits, 2, 0.7) == [1, 3]  # of the two: 0.667 and 0.333
+    assert kept(logits, 2, 0.6) == [1]
+    unfiltered = torch.randn(2, 9)
+    assert torch.equal(keep_likely(unfiltered, 0, 1.0), unfiltered)
+
+
+# --- the loop
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cfg": 1.0},
+        {"cfg": 0.0},
+        {"temperature": 0.5, "top_k": 7},
+        {"top_p": 0.8},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_codes_equal_those_drawn_one_by_one(lm, options):
+    codes = draw(lm, **options)
+    assert codes.shape == (3, 3, 4) and codes.dtype == torch.int64
+    options = {"cfg": 3.0, **options}
+    for row, prompt, seed in zip(codes, PROMPTS, (1, 2, 3), strict=True):
+        assert row.flatten().tolist() == draw_plainly(lm, prompt, seed, num_tokens=12, **options)
+
+
+def test_a_picture_depends_on_its_seed_and_prompt_alone(lm):
+    together = draw(lm)
+    assert torch.equal(draw(lm, PROMPTS[::-1], (3, 2, 1)).flip(0), together)
+    for i in range(3):
+        assert torch.equal(draw(lm, PROMPTS[i : i + 1], [i + 1])[0], together[i])
+    crowd = draw(lm, [[0, 3, 1], PROMPTS[1], [0, *range(2, 18), 1]], (9, 2, 9))
+    assert torch.equal(crowd[1], together[1])
+    assert not torch.equal(draw(lm, seeds=(4, 5, 6)), together)
+    assert not torch.equal(
+        draw(lm, PROMPTS[:1] * 2, (1, 2))[0], draw(lm, PROMPTS[:1] * 2, (1, 2))[1]
+    )
+    assert torch.equal(draw(lm, seeds=(1 + 2**64, 2, 3)), together)  # 64 bits of any integer
+
+
+def test_the_shipped_size_draws_the_same_picture_in_any_batch():
+    """fp32 rounding moves with the batch and its padding; here no token may move with it."""
+    torch.manual_seed(1)
+    lm = TransformerLM(LM_CONFIGS["emoji"])
+    generator = torch.Generator().manual_seed(2)
+    prompts = [
+        [0, *torch.randint(3, 2048, (length,), generator=generator).tolist(), 1]
+        for length in (3, 9, 5, 14)
+    ]
+    options = dict(grid=(4, 4), cfg=3.0)
+    together = draw(lm, prompts, range(4), **options)
+    order = [2, 0, 3, 1]
+    assert torch.equal(draw(lm, [prompts[i] for i in order], order, **options), together[order])
+    for i, prompt in enumerate(prompts):
+        assert torch.equal(draw(lm, [prompt], [i], **options)[0], together[i])
+
+
+def test_zero_temperature_takes_the_most_likely(lm):
+    codes = draw(lm, temperature=0, seeds=(1, 2, 3))
+    assert torch.equal(codes, draw(lm, temperature=0, seeds=(7, 8, 9)))
+    assert torch.equal(codes, draw(lm, top_k=1, seeds=(7, 8, 9)))
+
+
+def test_a_schedule_of_guidance(lm):
+    constant = draw(lm, cfg=[3.0] * 12)
+    assert torch.equal(constant, draw(lm, cfg=3.0))
+    late = draw(lm, cfg=[1.0] * 6 + [5.0] * 6).flatten(1)
+    assert torch.equal(late[:, :6], draw(lm, cfg=1.0).flatten(1)[:, :6])
+    assert not torch.equal(late, draw(lm, cfg=1.0).flatten(1))
+
+
+def test_the_unconditional_half_is_dropped_without_guidance(lm):
+    rows = []
+    hook = lm.layers[0].register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    try:
+        draw(lm, cfg=3.0)
+        draw(lm, cfg=1.0, unconditional=None)
+    finally:
+        hook.remove()
+    assert rows == [6] * 12 + [3] * 12  # the prompts, then 11 of 12 tokens: the last is not read
+
+
+def test_only_image_rows_of_the_head_are_computed(lm, monkeypatch):
+    shapes = []
+    head = TransformerLM.head
+
+    def spy(self, features, logits=None):
+        result = head(self, features, logits)
+        shapes.append(tuple(result.shape))
+        return result
+
+    monkeypatch.setattr(TransformerLM, "head", spy)
+    draw(lm)
+    assert shapes == [(6, 30)] * 12
+
+
+@pytest.mark.parametrize("kind", ["class", "caption"])
+def test_models_with_a_prefix(kind):
+    torch.manual_seed(0)
+    prefix = dict(prefix="class", prefix_dim=7, prefix_length=1)
+    if kind == "caption":
+        prefix = dict(prefix="caption", prefix_dim=6, prefix_length=5)
+    config = TINY.replace(
+        **prefix, image_grid=(3, 4), rotary="interleaved", text_vocab_size=0, num_kv_heads=4
+    )
+    lm = TransformerLM(config)
+    classes = torch.tensor([2, 5, 2])
+    condition = classes if kind == "class" else torch.randn(3, 5, 6)
+    codes = draw(lm, condition, unconditional=None)
+    with torch.no_grad():  # the last token again, from a full pass
+        read = codes.flatten(1)[:, :-1]
+        cond = lm(read, prefix=condition)[:, -1]
+        uncond = lm(read, prefix=lm.prefix_embedding.unconditional(3))[:, -1]
+        logits = uncond + 3 * (cond - uncond)
+        last = (logits + gumbel_noise(torch.tensor([1, 2, 3]), 11, 30)).argmax(dim=-1)
+    assert torch.equal(codes.flatten(1)[:, -1], last)
+    if kind == "caption":
+        padding = torch.tensor([0, 3, 4])
+        padded = draw(lm, condition, unconditional=None, prefix_padding=padding)
+        condition[1, :3] += 1  # not read
+        again = draw(lm, condition, unconditional=None, prefix_padding=padding)
+        assert torch.equal(again, padded)
+        assert torch.equal(padded[0], codes[0]) and not torch.equal(padded[1:], codes[1:])
+    with pytest.raises(ValueError, match=r"grid=\(4, 3\).*\(3, 4\)"):
+        draw(lm, condition, grid=(4, 3))
+
+
+def test_statistics_and_progress(lm):
+    calls = []
+    progress = lambda done, total: calls.append((done, total))  # noqa: E731
+    codes, statistics = sample_codes(lm, PROMPTS, grid=(3, 4), seeds=[1, 2, 3], progress=progress)
+    assert calls == [(i, 12) for i in range(1, 13)]
+    assert (statistics.images, statistics.tokens) == (3, 36)
+    assert statistics.prefill_seconds > 0 and statistics.decode_seconds > 0
+    both = statistics + Statistics(images=1, tokens=4, pixel_seconds=2.0)
+    assert (both.images, both.tokens, both.pixel_seconds) == (4, 40, 2.0)
+    seconds = statistics.prefill_seconds + statistics.decode_seconds
+    assert both.tokens_per_second == pytest.approx(40 / seconds)
+    assert both.seconds_per_image == pytest.approx((seconds + 2) / 4)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(lm):
+    def interrupt(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    expected = draw(lm)
+    lm.train()
+    with pytest.raises(KeyboardInterrupt):
+        draw(lm, progress=interrupt)
+    assert lm.training
+    lm.eval()
+    draw(lm)
+    assert not lm.training and torch.equal(draw(lm), expected)
+
+
+def test_edge_sizes(lm):
+    assert draw(lm, [], []).shape == (0, 3, 4)
+    assert draw(lm, grid=(1, 1)).shape == (3, 1, 1)
+    assert torch.equal(draw(lm, grid=(1, 1))[:, 0, 0], draw(lm)[:, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(seeds=[1]), "3 prompts and 1 seeds"),
+        (dict(temperature=-1.0), "temperature=-1.0"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(top_k=-1), "top_k=-1"),
+        (dict(top_p=0.0), "top_p=0.0"),
+        (dict(top_p=1.5), "top_p=1.5"),
+        (dict(cfg=-1.0), "cfg=-1.0"),
+        (dict(cfg=float("inf")), "cfg=inf"),
+        (dict(cfg=[1.0, 2.0]), "schedule of 2 scales for 12 tokens"),
+        (dict(unconditional=None), "unconditional prompt"),
+        (dict(grid=(0, 4)), "grid"),
+        (dict(grid=(6, 6)), "7 positions and 36 image tokens exceed.*max_positions=40"),
+        (dict(prompts=[[0, 1], [], [0, 1]]), "one has no tokens"),
+    ],
+)
+def test_bad_options_are_named(lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(lm, **options)
+
+
+def test_a_model_without_image_tokens_cannot_draw():
+    with pytest.raises(ValueError, match="extend_vocabulary"):
+        draw(TransformerLM(TINY.replace(image_vocab_size=0)))
