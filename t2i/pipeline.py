@@ -176,7 +176,7 @@ class T2I:
             TypeError: a prompt that is not text.
             ValueError: no prompt, an empty or too long one, or an option out of range.
         """
-        rows = self._tokens([prompts] if isinstance(prompts, str) else prompts)
+        rows = self._tokens(prompts)
         if n < 1:
             raise ValueError(f"n={n}: expected at least 1 picture a prompt")
         if batch_size < 1:
@@ -218,9 +218,12 @@ class T2I:
         pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
-    def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _tokens(self, prompts: str | Sequence[str]) -> list[list[int]]:
         """The prompts as tokens, each checked."""
-        prompts = list(prompts)
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        elif not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts: expected text or a list of it, got {type(prompts).__name__}")
         if not prompts:
             raise ValueError("prompts: expected at least one")
         room = self.lm.config.max_positions - self.grid[0] * self.grid[1]

