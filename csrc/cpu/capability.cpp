@@ -1,0 +1,53 @@
+#include "cpu/capability.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace t2i::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512"};
+
+// Every set includes the ones before it.
+Capability best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512) return Capability::AVX512;
+  if (avx2) return Capability::AVX2;
+#endif
+  return Capability::DEFAULT;
+}
+
+std::atomic<Capability>& current() {
+  static std::atomic<Capability> value{best()};
+  return value;
+}
+
+}  // namespace
+
+Capability capability() { return current().load(std::memory_order_relaxed); }
+
+}  // namespace t2i::cpu
+
+const char* t2i_cpu_capability() {
+  return t2i::cpu::kNames[static_cast<int>(t2i::cpu::capability())];
+}
+
+int t2i_set_cpu_capability(const char* name) {
+  using namespace t2i::cpu;
+  const Capability limit = best();
+  if (*name == '\0') {
+    current().store(limit);
+    return 0;
+  }
+  for (int i = 0; i <= static_cast<int>(limit); ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) {
+      current().store(static_cast<Capability>(i));
+      return 0;
+    }
+  }
+  return -1;
+}
