@@ -1,4 +1,5 @@
-// t2i::vq_nearest.cpu on torch's stable ABI. The schema is defined in kernels/t2i_kernels/vq_nearest/api.py.
+// t2i::vq_nearest.cpu on torch's stable ABI. The schema is defined in
+// kernels/t2i_kernels/vq_nearest/api.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -36,7 +37,8 @@ std::string shape(const Tensor& tensor) {
   return text.str();
 }
 
-// As contiguous fp32, to which bf16 and fp16 convert exactly; a copy only where it is not that already.
+// As contiguous fp32, to which bf16 and fp16 convert exactly; a copy only where it is not that
+// already.
 Tensor to_float(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, name,
@@ -45,14 +47,16 @@ Tensor to_float(const Tensor& tensor, const char* name) {
   return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
 }
 
-std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::string metric, bool return_distance,
-                                              bool return_counts) {
+std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::string metric,
+                                              bool return_distance, bool return_counts) {
   using namespace t2i::cpu;
   check(z.dim() >= 1, "z must be [..., d], got a scalar");
   check(codebook.dim() == 2, "codebook must be [K, d], got ", shape(codebook));
   const int64_t dim = codebook.size(1), num_codes = codebook.size(0);
-  check(z.size(z.dim() - 1) == dim, "z ", shape(z), " and codebook ", shape(codebook), " differ in their last dimension");
-  check(metric == "l2" || metric == "cosine", "metric must be 'l2' or 'cosine', got '", metric, "'");
+  check(z.size(z.dim() - 1) == dim, "z ", shape(z), " and codebook ", shape(codebook),
+        " differ in their last dimension");
+  check(metric == "l2" || metric == "cosine", "metric must be 'l2' or 'cosine', got '", metric,
+        "'");
 
   std::vector<int64_t> batch;
   int64_t n = 1;
@@ -71,7 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::st
   if (n == 0) return {indices, distance, counts};
 
   const VqKernels& kernels = vq_kernels();
-  VqCodebook book{codes.const_data_ptr<float>(), num_codes, dim, metric == "l2" ? Metric::l2 : Metric::cosine};
+  VqCodebook book{codes.const_data_ptr<float>(), num_codes, dim,
+                  metric == "l2" ? Metric::l2 : Metric::cosine};
   const int64_t blocks = book.num_blocks();
   std::vector<double> center(dim);
   const std::unique_ptr<float[]> packed(new float[blocks * dim * kBlock]);
@@ -83,14 +88,16 @@ std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::st
   book.error_slope = error_slope.data();
 
   const int64_t bad_code = kernels.center(book);
-  check(bad_code < 0, "codebook holds NaN or inf, in row ", bad_code);
+  check(bad_code < 0, "codebook holds NaN or infinite values, in row ", bad_code, " of ", num_codes,
+        ": no distance is defined");
 
   // A thread gets work for some 20 us at least, several times what it costs to wake it.
   constexpr int64_t kGrain = 1 << 19;
-  torch::stable::parallel_for(0, blocks, kGrain / (8 * kBlock * (dim + 1)) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> workspace(dim);
-    kernels.pack(book, begin, end, workspace.data());
-  });
+  torch::stable::parallel_for(0, blocks, kGrain / (8 * kBlock * (dim + 1)) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<double> workspace(dim);
+                                kernels.pack(book, begin, end, workspace.data());
+                              });
 
   const float* z_data = rows.const_data_ptr<float>();
   int64_t* index_data = indices.mutable_data_ptr<int64_t>();
@@ -106,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::st
         while (bad >= 0 && bad < first && !bad_row.compare_exchange_weak(first, bad)) {
         }
       });
-  check(bad_row == n, "z holds NaN or inf, in row ", bad_row.load(), " of ", n);
+  check(bad_row == n, "z holds NaN or infinite values, in row ", bad_row.load(), " of ", n,
+        ": no distance is defined");
 
   if (return_counts) {
     int64_t* count = counts.mutable_data_ptr<int64_t>();

@@ -1,5 +1,6 @@
-// See vq_nearest.h. Compiled once per instruction set: nothing here may define a symbol outside the namespace
-// CPU_CAPABILITY (no std:: containers, no statics), or the linker could keep an AVX-512 copy of it for every machine.
+// See vq_nearest.h. Compiled once per instruction set: nothing here may define a symbol outside the
+// namespace CPU_CAPABILITY (no std:: containers, no statics), or the linker could keep an AVX-512
+// copy of it for every machine.
 #include "cpu/vq_nearest.h"
 
 #include <ATen/cpu/vec/vec.h>
@@ -14,15 +15,22 @@ namespace {
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kLanes = Vec::size();
-constexpr int kMaxVecs = kLanes >= 16 ? 4 : 2;  // query vectors in registers, one query a lane
-constexpr int kCodes = 4;                       // codes in registers
-constexpr int64_t kPanel = 256;                 // blocks whose minima are kept at a time
+// The scores held in registers: of kMaxVecs vectors of queries, one query a lane, by kCodes codes.
+constexpr int kCodes = 4;
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+constexpr int kMaxVecs = 4;  // 16 of 32 registers
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kMaxVecs = 2;  // 8 of 16
+#else
+constexpr int kMaxVecs = 1;  // at::vec has no intrinsics here, and two SSE registers a vector
+#endif
+constexpr int64_t kPanel = 256;  // blocks whose minima are kept at a time
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 static_assert(kQueries % (kMaxVecs * kLanes) == 0);
 static_assert(kBlock % kLanes == 0 && kBlock % kCodes == 0);
 
-// ---- Points ---------------------------------------------------------------------------------------------------------
+// ---- Points ------------------------------------------------------------------------------------
 
 double norm(const float* x, int64_t dim) {
   double sum = 0;
@@ -30,7 +38,7 @@ double norm(const float* x, int64_t dim) {
   return std::sqrt(sum);
 }
 
-// What the point of x is x divided by. fp64 holds the squares of all fp32 values, subnormal or huge.
+// x is its point times this. fp64 holds the squares of all fp32 values, subnormal or huge.
 double divisor(const float* x, int64_t dim, Metric metric) {
   if (metric == Metric::l2) return 1;
   const double length = norm(x, dim);
@@ -58,7 +66,8 @@ uint32_t max_magnitude(const float* x, int64_t count) {
 
 bool is_finite(const float* x, int64_t count) { return max_magnitude(x, count) < 0x7f800000u; }
 
-// The exact distance, as fp64 has it: squared l2 between the points, or 2 from the zero vector by cosine.
+// The exact distance, as fp64 has it: squared l2 between the points, or 2 from the zero vector by
+// cosine.
 double distance_to_code(const VqCodebook& codebook, const double* point, int64_t k) {
   const float* code = codebook.codes + k * codebook.dim;
   const bool cosine = codebook.metric == Metric::cosine;
@@ -72,7 +81,7 @@ double distance_to_code(const VqCodebook& codebook, const double* point, int64_t
   return sum;
 }
 
-// ---- The codebook ---------------------------------------------------------------------------------------------------
+// ---- The codebook ------------------------------------------------------------------------------
 
 int64_t center(VqCodebook& codebook) {
   const int64_t dim = codebook.dim;
@@ -91,8 +100,8 @@ int64_t center(VqCodebook& codebook) {
   }
   for (int64_t j = 0; j < dim; ++j) mean[j] /= double(codebook.num_codes);
 
-  // Coordinates of centred codes end below 2^31: their squares are far from overflow, and even where all codes differ
-  // in the last bit only, their differences are far from underflow.
+  // Coordinates of centred codes end below 2^31: their squares are far from overflow, and even
+  // where all codes differ in the last bit only, their differences are far from underflow.
   float largest;
   std::memcpy(&largest, &largest_bits, sizeof largest);
   if (codebook.metric == Metric::cosine) largest = 1;
@@ -100,8 +109,9 @@ int64_t center(VqCodebook& codebook) {
   return -1;
 }
 
-// gamma_n of the header with n = d + 16: d + 1 for the sum, 1 for half_norm, 2 for z and c, 3 for upper = lowest + E,
-// 3 for score - E, and some to spare for second-order terms and for |z| and C, which are rounded up.
+// gamma_n of the header with n = d + 16: d + 1 for the sum, 1 for half_norm, 2 for z and c, 3 for
+// upper = lowest + E, 3 for score - E, and some to spare for second-order terms and for |z| and C,
+// which are rounded up.
 double error_gamma(int64_t dim) {
   const double nu = double(dim + 16) * 0x1p-24;
   return nu < 0.25 ? nu / (1 - nu) : std::numeric_limits<double>::infinity();
@@ -114,7 +124,8 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
   const double scale = codebook.scale;
   const double gamma = error_gamma(dim);
   // Points on the unit sphere are themselves rounded, to fp64.
-  const double unit_error = codebook.metric == Metric::cosine ? double(dim + 8) * 0x1p-53 * scale : 0;
+  const double unit_error =
+      codebook.metric == Metric::cosine ? double(dim + 8) * 0x1p-53 * scale : 0;
 
   for (int64_t b = begin; b < end; ++b) {
     float* packed = codebook.packed + b * dim * kBlock;
@@ -141,27 +152,29 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
     }
     if (gamma < 1) {
       const double radius = std::sqrt(largest);
-      // The constants stand for underflow: at most 2^-126 |z| a product, and |z_i| <= 2^60 (see load_queries).
-      codebook.error_base[b] = round_up(gamma * largest / 2 + 2 * unit_error * radius + double(dim + 1) * 0x1p-60);
+      // The constants are for underflow, at most 2^-126 |z_i| a product: |z_i| <= 2^60, see below.
+      codebook.error_base[b] =
+          round_up(gamma * largest / 2 + 2 * unit_error * radius + double(dim + 1) * 0x1p-60);
       codebook.error_slope[b] = round_up(gamma * radius + unit_error + 0x1p-100);
-    } else {
-      codebook.error_base[b] = kInf;
+    } else {  // every code is measured; still finite, so that -inf stays below all
+      codebook.error_base[b] = 0x1p126f;
       codebook.error_slope[b] = 1;
     }
   }
 }
 
-// ---- The search -----------------------------------------------------------------------------------------------------
+// ---- The search --------------------------------------------------------------------------------
 
-// The workspace of search(), for a tile of up to kMaxVecs * kLanes queries; width is that number rounded up to lanes.
+// The workspace of search(), for a tile of up to kMaxVecs * kLanes queries; width is that number
+// rounded up to lanes.
 struct Tile {
-  double* points;     // [width, dim]
+  double* points;  // [width, dim]
   double best[kQueries];
   int64_t index[kQueries];
   float norms[kQueries];  // of the scaled queries; inf: nothing can be said about its scores
-  float upper[kQueries];  // an upper bound on the best true score; -inf: there is nothing to search for
-  float* queries;     // [dim, width], scaled
-  float* minima;      // [kPanel, width]
+  float upper[kQueries];  // bound on the best true score; -inf: there is nothing to search for
+  float* queries;         // [dim, width], scaled
+  float* minima;          // [kPanel, width]
   int64_t width;
 };
 
@@ -199,7 +212,7 @@ int64_t load_queries(const VqCodebook& codebook, const float* z, int64_t count, 
     }
     if (largest <= 0x1p60) {
       tile.norms[q] = round_up(std::sqrt(norm2));
-    } else {  // 2^30 times farther away than the codebook is wide: scores could overflow
+    } else {  // 2^29 times farther away than the codebook is wide: scores could overflow
       tile.norms[q] = kInf;
       for (int64_t j = 0; j < dim; ++j) tile.queries[j * tile.width + q] = 0;
     }
@@ -237,7 +250,7 @@ void score_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& 
         }
       }
       for (int i = 0; i < kCodes; ++i) {
-        // clamp_max is one min instruction; at::vec::minimum also looks for NaN, of which there are none.
+        // One instruction, unlike at::vec::minimum, which also looks for NaN: there is none.
         for (int r = 0; r < R; ++r) lowest[r] = at::vec::clamp_max(score[i][r], lowest[r]);
       }
     }
@@ -255,7 +268,8 @@ unsigned lanes_le(const Vec& a, const Vec& b) {
   return ~unsigned((a <= b).zero_mask()) & unsigned((uint64_t(1) << kLanes) - 1);
 }
 
-// Measures the codes of block b that may be the nearest of query q.
+// Measures the codes of block b that may be the nearest of query q. Codes come in ascending order,
+// so the lowest index keeps a tie.
 void measure_block(const VqCodebook& codebook, int64_t b, int64_t q, Tile& tile) {
   const int64_t dim = codebook.dim;
   const Vec error(codebook.error_base[b] + tile.norms[q] * codebook.error_slope[b]);
@@ -271,7 +285,7 @@ void measure_block(const VqCodebook& codebook, int64_t b, int64_t q, Tile& tile)
       const int64_t k = b * kBlock + c + __builtin_ctz(lanes);
       if (k >= codebook.num_codes) break;
       const double distance = distance_to_code(codebook, tile.points + q * dim, k);
-      if (distance < tile.best[q]) {  // codes come in ascending order, so the lowest index keeps a tie
+      if (distance < tile.best[q]) {
         tile.best[q] = distance;
         tile.index[q] = k;
       }
@@ -290,7 +304,8 @@ void search_tile(const VqCodebook& codebook, Tile& tile) {
       const Vec norms = Vec::loadu(tile.norms + r * kLanes);
       const Vec upper = Vec::loadu(tile.upper + r * kLanes);
       for (int64_t b = begin; b < end; ++b) {
-        const Vec error = at::vec::fmadd(norms, Vec(codebook.error_slope[b]), Vec(codebook.error_base[b]));
+        const Vec error =
+            at::vec::fmadd(norms, Vec(codebook.error_slope[b]), Vec(codebook.error_base[b]));
         const Vec lowest = Vec::loadu(tile.minima + (b - begin) * width + r * kLanes);
         for (unsigned lanes = lanes_le(lowest - error, upper); lanes; lanes &= lanes - 1) {
           measure_block(codebook, b, r * kLanes + __builtin_ctz(lanes), tile);
@@ -304,8 +319,8 @@ int64_t search_workspace(const VqCodebook& codebook) {
   return kQueries * codebook.dim + (kQueries * codebook.dim + kQueries * kPanel) / 2;
 }
 
-int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin, int64_t end, int64_t* indices,
-               float* distance, double* workspace) {
+int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin, int64_t end,
+               int64_t* indices, float* distance, double* workspace) {
   int64_t bad = -1;
   Tile tile;
   tile.points = workspace;
@@ -320,11 +335,11 @@ int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t be
     tile.width = vecs * kLanes;
     const int64_t bad_here = load_queries(codebook, z + first * codebook.dim, count, tile);
     if (bad_here >= 0 && bad < 0) bad = first + bad_here;
-    if (vecs == 1) {
-      search_tile<1>(codebook, tile);
-    } else if (vecs == 2) {
-      search_tile<2>(codebook, tile);
-    } else if constexpr (kMaxVecs > 2) {
+    if (vecs == 1) search_tile<1>(codebook, tile);
+    if constexpr (kMaxVecs >= 2) {
+      if (vecs == 2) search_tile<2>(codebook, tile);
+    }
+    if constexpr (kMaxVecs >= 4) {
       if (vecs == 3) search_tile<3>(codebook, tile);
       if (vecs == 4) search_tile<4>(codebook, tile);
     }

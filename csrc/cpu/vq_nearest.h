@@ -1,21 +1,25 @@
-// Nearest code of each vector, exactly, without a matrix of distances. Free of torch; all memory is the caller's.
+// Nearest code of each vector, exactly, without a matrix of distances. Free of torch; all memory is
+// the caller's.
 //
-// Both metrics are one search: the nearest neighbour, by Euclidean distance, of *points*. The point of a vector is the
-// vector itself (l2) or the vector on the unit sphere (cosine, where |p - q|^2 = 2 - 2 cos).
+// Both metrics are one search: the nearest neighbour, by Euclidean distance, of *points*. The point
+// of a vector is itself (l2) or its direction, on the unit sphere (cosine: |p - q|^2 = 2 - 2 cos).
 //
 // The search is a fast pass in fp32 that certifies, and a slow one in fp64 that decides:
 //
-//   1. Points are centred on the codebook's mean and scaled by a power of two. The order of distances does not change,
-//      but |c|^2/2 - z.c, which takes one multiply-add a dimension, no longer cancels where all data is far from 0.
-//   2. Codes are scored in blocks of 64, and only the lowest score of a block is kept. With E(z, block) a bound on the
-//      error of these scores, the least of lowest + E over all blocks is an upper bound on the best true score.
-//   3. A block with lowest - E above that bound cannot hold the nearest code. Of the others, the codes whose score - E
-//      is not above it are measured in fp64, and the nearest, the lowest index first, is the answer. Usually it is one.
+//   1. Points are centred on the codebook's mean and scaled by a power of two. That keeps the order
+//      of distances, and |c|^2/2 - z.c, which takes one multiply-add a dimension, no longer cancels
+//      where all data is far from 0.
+//   2. Codes are scored in blocks of 64, and the lowest score of each block is kept. With a bound
+//      E(z, block) on the error of scores, the least lowest + E is an upper bound on the best.
+//   3. A block with lowest - E above that cannot hold the nearest code. In the others, the codes
+//      with score - E not above it are measured in fp64, and the nearest of these, the lowest index
+//      first, is the answer. Usually there is one.
 //
-// The bound (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): with u = 2^-24, an fp32 sum of d
-// products started from h has an error of at most gamma_{d+1} (|h| + sum |z_i c_i|), gamma_n = n u / (1 - n u), fused or
-// not and in any order. With |c| <= C in the block, h = |c|^2/2 and Cauchy-Schwarz that is gamma (C^2/2 + |z| C).
-// The roundings of h, z and c, and of the bound itself, add a few u to gamma; see error_gamma().
+// The bound (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): with u = 2^-24,
+// an fp32 sum of d products that starts from h is off by at most gamma_{d+1} (|h| + sum |z_i c_i|),
+// gamma_n = n u / (1 - n u), fused or not and in any order. With |c| <= C in a block, h = |c|^2/2
+// and Cauchy-Schwarz, that is gamma (C^2/2 + |z| C). The roundings of h, z and c, and of the bound
+// itself, add a few u to gamma: see error_gamma().
 #pragma once
 
 #include <cstdint>
@@ -39,7 +43,7 @@ struct VqCodebook {
   double* center;      // [dim], the mean of the codes' points
   double scale = 1;    // a power of two
   float* packed;       // [num_blocks, dim, kBlock], -scale * (point - center)
-  float* half_norm;    // [num_blocks, kBlock], half the squared norm of the packed point; inf where there is no code
+  float* half_norm;    // [num_blocks, kBlock], of the packed point squared; inf without a code
   float* error_base;   // [num_blocks]: the error of a score is at most
   float* error_slope;  // [num_blocks]      error_base + |query| error_slope
 
@@ -50,13 +54,13 @@ struct VqKernels {
   // Finds center and scale. Returns the first code that holds NaN or inf, or -1.
   int64_t (*center)(VqCodebook& codebook);
 
-  // Fills the blocks [begin, end) of packed, half_norm, error_base and error_slope. workspace: dim doubles.
+  // Fills blocks [begin, end) of packed, half_norm and error_*. workspace: dim doubles.
   void (*pack)(const VqCodebook& codebook, int64_t begin, int64_t end, double* workspace);
 
-  // Searches for the tiles [begin, end) of the n vectors z [n, dim]. Writes indices [n] and, unless it is null, distance
-  // [n]. Returns the first vector of these tiles that holds NaN or inf (its results are not written), or -1.
-  int64_t (*search)(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin, int64_t end,
-                    int64_t* indices, float* distance, double* workspace);
+  // Searches for the tiles [begin, end) of the n vectors z [n, dim]. Writes indices [n] and, unless
+  // it is null, distance [n]. Returns the first vector of these tiles that holds NaN or inf, or -1.
+  int64_t (*search)(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin,
+                    int64_t end, int64_t* indices, float* distance, double* workspace);
 
   // Size of search's workspace, in doubles.
   int64_t (*search_workspace)(const VqCodebook& codebook);

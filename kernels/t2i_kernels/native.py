@@ -1,7 +1,8 @@
-"""The native library of the package: loaded once, on import; a library that is not there is a reason, not an error.
+"""The native library of the package: loaded once, on import. Where it is not, there is a reason.
 
-``setup.py`` builds ``libt2i_kernels.so`` beside this file, with ``_build_info.json`` saying how, or why not. Loading it
-registers the native implementations of the operators whose schemas the ``api.py`` files define.
+``setup.py`` builds ``libt2i_kernels.so`` beside this file, and ``_build_info.json`` that says how,
+or why not. Loading it registers the native implementations of operators whose schemas are defined
+in the ``api.py`` files. A library that is missing or does not load is never an error here.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ MINIMUM_TORCH = (2, 13)  # the stable ABI that the library is built for
 
 
 def build_info() -> dict:
-    """What ``setup.py`` recorded: ``backend`` ("cpu" or None), ``reason`` and, if built, compiler, flags and torch."""
+    """What ``setup.py`` recorded: ``backend`` ("cpu" or None), ``reason`` (why there is none) and,
+    of a library, ``compiler``, ``flags``, ``capabilities`` and ``torch``."""
     if not BUILD_INFO.is_file():
-        return {"backend": None, "reason": "the package was not installed: run pip install . in its folder"}
+        return {"backend": None, "reason": "the package was imported without being installed"}
     return json.loads(BUILD_INFO.read_text())
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """(the library, None), or (None, the reason why there is none)."""
+    """(the library, None), or (None, why not)."""
     if not LIBRARY.is_file():
         return None, build_info()["reason"] or f"{LIBRARY} is missing: install the package again"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
@@ -38,20 +40,20 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
-        return None, f"{LIBRARY} does not load: {error}"
+        return None, f"{LIBRARY.name} does not load: {error}"
     library.t2i_cpu_capability.restype = ctypes.c_char_p
     library.t2i_set_cpu_capability.argtypes = [ctypes.c_char_p]
     forced = os.environ.get("T2I_CPU_CAPABILITY", "")
     if library.t2i_set_cpu_capability(forced.encode()) != 0:
-        return None, f"T2I_CPU_CAPABILITY={forced!r}: this machine has {', '.join(_available(library))}"
+        have = ", ".join(_available(library))
+        return None, f"T2I_CPU_CAPABILITY={forced!r} was asked for, but there is {have}"
     return library, None
 
 
 def _available(library: ctypes.CDLL) -> list[str]:
-    """The instruction sets that the build and the machine have, the best one last."""
-    current = library.t2i_cpu_capability()
-    names = [name for name in CPU_CAPABILITIES if library.t2i_set_cpu_capability(name.encode()) == 0]
-    library.t2i_set_cpu_capability(current)
+    before = library.t2i_cpu_capability()
+    names = [n for n in CPU_CAPABILITIES if library.t2i_set_cpu_capability(n.encode()) == 0]
+    library.t2i_set_cpu_capability(before)
     return names
 
 
@@ -64,20 +66,23 @@ def reason() -> str | None:
 
 
 def cpu_capability() -> str | None:
-    """The instruction set that native CPU kernels run with: "DEFAULT", "AVX2" or "AVX512"; None without the library."""
+    """The instruction set of native CPU kernels, one of CPU_CAPABILITIES; None without them."""
     return _library.t2i_cpu_capability().decode() if _library else None
 
 
 def cpu_capabilities() -> list[str]:
-    """The instruction sets to choose from on this machine, the best one last; empty without the library."""
+    """The instruction sets that this build and this machine have, the best one last."""
     return _available(_library) if _library else []
 
 
 @contextlib.contextmanager
 def use_cpu_capability(name: str) -> Iterator[None]:
-    """Run native CPU kernels with another instruction set, for tests and benchmarks. Process-wide, not thread-safe.
+    """Run native CPU kernels with another instruction set, for tests and benchmarks.
 
-    Raises ValueError if this machine or this build does not have it. ``T2I_CPU_CAPABILITY`` does the same from outside.
+    Process-wide; ``T2I_CPU_CAPABILITY`` does the same from outside.
+
+    Raises:
+        ValueError: this build or this machine does not have it.
     """
     if name not in cpu_capabilities():
         raise ValueError(f"instruction set {name!r}: expected one of {cpu_capabilities()}")
@@ -90,7 +95,7 @@ def use_cpu_capability(name: str) -> Iterator[None]:
 
 
 def info() -> dict:
-    """How the library was built and what it runs with; ``reason`` is set where there is none."""
+    """``build_info`` with the ``reason`` of now, the library's path and its instruction sets."""
     return {
         **build_info(),
         "reason": reason(),
