@@ -44,7 +44,9 @@ class Emoji64(nn.Module):
         self.config = config
         self.num_codes = config.num_codes
         self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(config.num_codes, config.code_dim, metric="l2")
+        self.quantizer = VectorQuantizer(
+            config.num_codes, config.code_dim, metric="l2", restart_after=150
+        )
         self.decoder = Decoder(config)
 
     def forward(self, images: Tensor) -> tuple[Tensor, VQOutput]:

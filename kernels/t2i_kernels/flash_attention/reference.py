@@ -1,0 +1,189 @@
+"""flash_attention in plain PyTorch: the formulas, forward and backward, on the whole matrix.
+
+Shapes inside this file: q [B, Hkv, G·Lq, D], k and v [B, Hkv, Lk, D], where the G query heads that
+share a key head are stacked along the queries, so that keys are never repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention_mask(
+    lq: int, lk: int, causal: bool, window: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """Which keys each query sees, bool [Lq, Lk]; None is all. Query i stands at key i + Lk − Lq."""
+    left, right = window
+    right = 0 if causal else right
+    if left < 0 and right < 0:
+        return None
+    offset = torch.arange(lk, device=device) - torch.arange(lk - lq, lk, device=device)[:, None]
+    seen = torch.ones_like(offset, dtype=torch.bool)
+    if left >= 0:
+        seen &= offset >= -left
+    if right >= 0:
+        seen &= offset <= right
+    return seen
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, logsumexp [B, Hkv, G·Lq]); a row that sees no key has output 0 and logsumexp −inf."""
+    scores = _scores(q, k, mask, softcap, scale)
+    logsumexp = scores.logsumexp(dim=-1)
+    return _probabilities(scores, logsumexp) @ v, logsumexp
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    options = causal, (window_left, window_right), softcap, scale
+    if cu_seqlens_q is None:
+        return _forward(q, k, v, *options)
+    out = q.new_zeros(*q.shape[:2], v.shape[-1])
+    logsumexp = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=_accumulator(q))
+    for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k, len(q), len(k)):
+        one = _forward(q[None, rows], k[None, keys], v[None, keys], *options)
+        out[rows], logsumexp[:, rows] = one[0][0], one[1][0]
+    return out, logsumexp
+
+
+def flash_attention_backward(
+    dout: Tensor,
+    dlogsumexp: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = causal, (window_left, window_right), softcap, scale
+    if dlogsumexp is None:
+        dlogsumexp = torch.zeros_like(logsumexp)
+    if cu_seqlens_q is None:
+        return _backward(dout, dlogsumexp, q, k, v, out, logsumexp, *options)
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+    for rows, keys in _documents(cu_seqlens_q, cu_seqlens_k, len(q), len(k)):
+        dq[rows], dk[keys], dv[keys] = (
+            grad[0]
+            for grad in _backward(
+                dout[None, rows],
+                dlogsumexp[None, :, rows],
+                q[None, rows],
+                k[None, keys],
+                v[None, keys],
+                out[None, rows],
+                logsumexp[None, :, rows],
+                *options,
+            )
+        )
+    return dq, dk, dv
+
+
+def _forward(q, k, v, causal, window, softcap, scale):
+    kv_heads = k.shape[2]
+    mask = _stacked_mask(q, k, causal, window)
+    out, logsumexp = attend(
+        stack_queries(q, kv_heads), by_head(k), by_head(v), mask, softcap, scale
+    )
+    return (
+        unstack_queries(out, q.shape[2]).to(q.dtype).contiguous(),
+        logsumexp.view(q.shape[0], q.shape[2], q.shape[1]),
+    )
+
+
+def _backward(dout, dlogsumexp, q, k, v, out, logsumexp, causal, window, softcap, scale):
+    """Dao 2023 (arXiv 2307.08691), section 3.1.2, and a gradient through the logsumexp: since
+    d lse / d s = p, it subtracts from delta."""
+    kv_heads = k.shape[2]
+    do, o, qh = (stack_queries(t, kv_heads) for t in (dout, out, q))
+    kh, vh = by_head(k), by_head(v)
+    mask = _stacked_mask(q, k, causal, window)
+    lse, dlse = (t.reshape(qh.shape[:3]) for t in (logsumexp, dlogsumexp))
+    scores = _scores(qh, kh, mask, softcap, scale)
+    p = _probabilities(scores, lse)
+    delta = (do * o).sum(dim=-1) - dlse
+    dv = p.mT @ do
+    ds = p * (do @ vh.mT - delta[..., None])
+    if softcap > 0:  # d softcap·tanh(x/softcap) = 1 − tanh²; masked scores are −inf, and p is 0
+        ds = ds * (1 - (scores.masked_fill(scores == -torch.inf, 0) / softcap).square())
+    dq, dk = scale * (ds @ kh), scale * (ds.mT @ qh)
+    return (
+        unstack_queries(dq, q.shape[2]).to(q.dtype).contiguous(),
+        dk.transpose(1, 2).to(k.dtype).contiguous(),
+        dv.transpose(1, 2).to(v.dtype).contiguous(),
+    )
+
+
+def _scores(q, k, mask, softcap, scale):
+    scores = (q * scale) @ k.mT
+    if softcap > 0:
+        scores = softcap * (scores / softcap).tanh()
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+
+def _probabilities(scores: Tensor, logsumexp: Tensor) -> Tensor:
+    # −inf − −inf is NaN; a row that sees nothing must give zeros.
+    return (scores - logsumexp.masked_fill(logsumexp == -torch.inf, 0)[..., None]).exp()
+
+
+def _stacked_mask(q, k, causal, window):
+    mask = attention_mask(q.shape[1], k.shape[1], causal, window, q.device)
+    return None if mask is None else mask.repeat(q.shape[2] // k.shape[2], 1)
+
+
+def by_head(x: Tensor) -> Tensor:
+    """[B, L, H, D] -> [B, H, L, D] in the type that sums are kept in."""
+    return x.transpose(1, 2).to(_accumulator(x))
+
+
+def stack_queries(q: Tensor, kv_heads: int) -> Tensor:
+    """[B, Lq, H, D] -> [B, Hkv, G·Lq, D]; head h belongs to key head h // G."""
+    return by_head(q).unflatten(1, (kv_heads, -1)).flatten(2, 3)
+
+
+def unstack_queries(out: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, G·Lq, D] -> [B, Lq, H, D]."""
+    groups = heads // out.shape[1]
+    return out.unflatten(2, (groups, out.shape[2] // groups)).flatten(1, 2).transpose(1, 2)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _documents(cu_seqlens_q, cu_seqlens_k, total_q, total_k):
+    """The rows of each packed sequence, (queries, keys), as slices; the ends are checked here
+    because reading them is not free on a device."""
+    ends = []
+    for name, cu_seqlens, total in (
+        ("cu_seqlens_q", cu_seqlens_q, total_q),
+        ("cu_seqlens_k", cu_seqlens_k, total_k),
+    ):
+        values = cu_seqlens.tolist()
+        if values[0] != 0 or values[-1] != total or values != sorted(values):
+            raise RuntimeError(
+                f"flash_attention: {name} must rise from 0 to {total}, the number of rows, "
+                f"got {values}"
+            )
+        ends.append(values)
+    spans = [[slice(a, b) for a, b in zip(e[:-1], e[1:], strict=True)] for e in ends]
+    return zip(*spans, strict=True)

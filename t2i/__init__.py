@@ -1,0 +1,1 @@
+"""Auto-regressive text-to-image models."""
