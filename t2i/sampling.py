@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t2i_kernels import KVCache, use_backend
+from t2i_kernels import KVCache, explain, use_backend
 
 from .lm.model import TransformerLM
 
@@ -35,6 +35,7 @@ class Statistics:
     prefill_seconds: float = 0.0  # reading prompts and drawing the first token of each image
     decode_seconds: float = 0.0  # drawing the other tokens
     pixel_seconds: float = 0.0  # from codes to pixels
+    backend: str = ""  # that ran decode_attention
 
     @property
     def tokens_per_second(self) -> float:
@@ -48,7 +49,10 @@ class Statistics:
         return seconds / self.images if self.images else 0.0
 
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        *ours, backend = astuple(self)
+        *theirs, other_backend = astuple(other)
+        sums = (a + b for a, b in zip(ours, theirs, strict=True))
+        return Statistics(*sums, backend=backend or other_backend)
 
 
 class Samples(NamedTuple):
@@ -130,7 +134,13 @@ def sample_codes(
         prefilled = _now(codes.device)
         decode_n_tokens(lm, codes, cache, sampler, progress)
         finished = _now(codes.device)
-    statistics = Statistics(len(codes), codes.numel(), prefilled - started, finished - prefilled)
+        statistics = Statistics(
+            images=len(codes),
+            tokens=codes.numel(),
+            prefill_seconds=prefilled - started,
+            decode_seconds=finished - prefilled,
+            backend=_attention_backend(lm, cache[0]),
+        )
     return Samples(codes.unflatten(1, grid), statistics)
 
 
@@ -324,6 +334,14 @@ def _sampler(
         top_k=int(top_k),
         top_p=float(top_p),
     )
+
+
+def _attention_backend(lm: TransformerLM, cache: KVCache) -> str:
+    """The backend that a decoding step of this model runs on, asked of the registry."""
+    config, weight, rows = lm.config, lm.output.weight, len(cache.seqlens)
+    q = weight.new_empty(rows, 1, config.num_heads, config.head_dim)
+    kv = weight.new_empty(rows, 1, config.num_kv_heads, config.head_dim)
+    return explain("decode_attention", q, kv, kv, cache).chosen or ""
 
 
 @contextlib.contextmanager

@@ -61,10 +61,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Turn each pair of channels of x [..., L, H, D] by its angle; cos, sin fp32 [..., L, D/2]."""
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
-        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        a, b = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x)
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = _wide(x).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32, or fp64 where it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class TransformerLM(nn.Module):
@@ -140,14 +145,13 @@ class TransformerLM(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, tables, cu_seqlens, None if cache is None else cache[i])
         if cache is not None:
-            for layer_cache in cache:
-                layer_cache.advance(length)
+            cache[0].advance(length)
         return self.norm(x)
 
     def head(self, features: Tensor, logits: slice | None = None) -> Tensor:
         """fp32 logits [..., rows] of features [..., dim], multiplying only the rows asked for."""
         weight = self.output.weight if logits is None else self.output.weight[logits]
-        return F.linear(features, weight).float()
+        return _wide(F.linear(features, weight))
 
     def allocate_cache(
         self, batch: int, max_seqlen: int, *, start: Tensor | None = None
@@ -155,7 +159,8 @@ class TransformerLM(nn.Module):
         """An empty cache for ``batch`` rows of up to ``max_seqlen`` tokens, one KVCache a layer.
 
         ``start`` int32 [batch] counts the slots of left padding in front of each row: never
-        attended to, and a row's position 0 is its first slot behind them.
+        attended to, and a row's position 0 is its first slot behind them. The layers share their
+        ``seqlens`` and ``start``: lower ``cache[0].seqlens`` in place to forget tokens.
         """
         config, weight = self.config, self.output.weight
         cache = [
@@ -169,9 +174,10 @@ class TransformerLM(nn.Module):
             )
             for _ in self.layers
         ]
+        for layer_cache in cache[1:]:
+            layer_cache.seqlens, layer_cache.start = cache[0].seqlens, cache[0].start
         if start is not None:
-            for layer_cache in cache:
-                layer_cache.start.copy_(start)
+            cache[0].start.copy_(start)
         return cache
 
     @torch.no_grad()

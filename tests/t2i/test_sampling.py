@@ -265,6 +265,29 @@ def test_statistics_and_progress(lm):
     assert both.seconds_per_image == pytest.approx((seconds + 2) / 4)
 
 
+def test_the_backend_can_be_chosen_and_is_reported(lm):
+    samples = sample_codes(lm, PROMPTS, grid=(3, 4), seeds=[1, 2, 3], backend="reference")
+    assert samples.statistics.backend == "reference"
+    assert (samples.statistics + Statistics(pixel_seconds=1.0)).backend == "reference"
+    with pytest.raises(ValueError, match="'tpu'"):
+        draw(lm, backend="tpu")
+
+
+def test_double_precision_is_kept(lm):
+    """The way out where not even a tie in the last bits of fp32 may move a picture."""
+    import copy
+
+    double = copy.deepcopy(lm).double().eval()
+    tokens = torch.tensor([PROMPTS[2]])
+    with torch.no_grad():
+        logits = double(tokens)
+        cached = double(tokens, cache=double.allocate_cache(1, 7))
+        single = lm.eval()(tokens)
+    assert logits.dtype == torch.float64
+    assert (logits - cached).abs().max() < 1e-12 < (logits - single).abs().max() < 1e-4
+    assert draw(double).shape == (3, 3, 4)
+
+
 def test_an_interrupt_leaves_the_model_as_it_was(lm):
     def interrupt(done, total):
         if done == 5:
