@@ -147,14 +147,14 @@ def sample_codes(
 def prefill(lm: TransformerLM, prompt: Prompt, cache: list[KVCache], sampler: Sampler) -> Tensor:
     """Read the prompts into an empty cache and draw the first code of each image: int64 [N]."""
     features = lm.features(prompt.tokens, prefix=prompt.prefix, cache=cache)
-    position = torch.zeros((), dtype=torch.int64, device=features.device)
+    position = torch.zeros(1, dtype=torch.int64, device=features.device)
     return sampler(lm.head(features[:, -1], lm.config.image_tokens), position)
 
 
 def decode_one_token(
     lm: TransformerLM, codes: Tensor, cache: list[KVCache], sampler: Sampler, position: Tensor
 ) -> Tensor:
-    """Read one code of each image [N] and draw the next, the one at ``position`` (a 0-d tensor)."""
+    """Read one code of each image [N] and draw the next, the one at ``position``, int64 [1]."""
     tokens = codes + lm.config.text_vocab_size
     if sampler.guided:
         tokens = torch.cat([tokens, tokens])
@@ -171,7 +171,8 @@ def decode_n_tokens(
 ) -> None:
     """Fill codes [N, num_tokens] behind its first column. The host never waits for the device."""
     num_tokens = codes.shape[1]
-    position = torch.zeros((), dtype=torch.int64, device=codes.device)
+    # A tensor of one element: an index without dimensions would be read back to the host.
+    position = torch.zeros(1, dtype=torch.int64, device=codes.device)
     for i in range(1, num_tokens):
         position += 1
         codes[:, i] = decode_one_token(lm, codes[:, i - 1], cache, sampler, position)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from t2i import sampling
 from t2i.lm import LM_CONFIGS, LMConfig, TransformerLM
 from t2i.sampling import Statistics, gumbel_noise, keep_likely, sample_codes
 
@@ -263,6 +264,14 @@ def test_statistics_and_progress(lm):
     seconds = statistics.prefill_seconds + statistics.decode_seconds
     assert both.tokens_per_second == pytest.approx(40 / seconds)
     assert both.seconds_per_image == pytest.approx((seconds + 2) / 4)
+
+
+def test_a_step_is_one_graph(lm, monkeypatch):
+    """Nothing in it waits for the device or branches on its numbers: compiling it is one line."""
+    expected = draw(lm, top_k=9, top_p=0.9)
+    step = torch.compile(sampling.decode_one_token, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(sampling, "decode_one_token", step)
+    assert torch.equal(draw(lm, top_k=9, top_p=0.9), expected)
 
 
 def test_the_backend_can_be_chosen_and_is_reported(lm):
