@@ -20,6 +20,7 @@ CAPTIONS = [f"{a} {b}" for a in ("red", "blue", "tiny") for b in ("apple", "shar
 def parts():
     torch.manual_seed(0)
     tokenizer = build_tokenizer("emoji64")
+    tokenizer.quantizer.codebook.data.normal_()  # codes far enough apart to be told in pixels
     config = LMConfig(
         dim=32,
         num_layers=2,
@@ -38,7 +39,9 @@ def model(parts) -> T2I:
 
 
 def same(a, b) -> bool:
-    return np.array_equal(np.asarray(a), np.asarray(b))
+    """Up to one step of 255: convolutions may round with the batch size."""
+    difference = np.asarray(a).astype(int) - np.asarray(b).astype(int)
+    return np.abs(difference).max() <= 1
 
 
 def test_pictures_come_prompt_by_prompt(model):
