@@ -32,22 +32,16 @@ def rotary_tables(config: LMConfig) -> tuple[Tensor, Tensor] | None:
 
 
 def _rotary_tables_2d(config: LMConfig) -> tuple[Tensor, Tensor]:
-    """Prefix positions, then the image in raster order; the first half of the pairs turns by row,
-    the rest by column."""
+    """Prefix, then the image in raster order; half the pairs turn by row, the rest by column."""
     (height, width), prefix = config.image_grid, config.prefix_length
     origin = prefix if config.prefix_rotary == "diagonal" else 0
     before = torch.arange(prefix)
     image = origin + torch.cartesian_prod(torch.arange(height), torch.arange(width))
-    coordinates = torch.cat(
-        [torch.stack([before, before], dim=-1), image]
-    ).float()  # [positions, (row, column)]
-    angles = (
-        coordinates[..., None] * _frequencies(config.head_dim // 2, config.rotary_theta)
-    ).flatten(1)
+    rows_and_columns = torch.cat([torch.stack([before, before], dim=-1), image]).float()
+    frequencies = _frequencies(config.head_dim // 2, config.rotary_theta)
+    angles = (rows_and_columns[..., None] * frequencies).flatten(1)
     cos, sin = angles.cos(), angles.sin()
-    if (
-        config.prefix_rotary == "zero"
-    ):  # LlamaGen: no rotation at all would be cos 1; its table holds 0 there
+    if config.prefix_rotary == "zero":  # not the angle 0: both numbers are 0, which erases q and k
         cos[:prefix] = 0.0
         sin[:prefix] = 0.0
     return cos, sin
