@@ -1,0 +1,1 @@
+"""How good pictures are: reconstruction, Fréchet distance, agreement with their captions."""

@@ -1,0 +1,366 @@
+"""The loop around every training step: metrics, evaluation, pictures, checkpoints, interruption.
+
+A run is a folder::
+
+    checkpoints/step-…/   see checkpoint.py
+    metrics.jsonl         one line every ``log_every`` steps and one an evaluation
+    samples/step-….png    what the model makes at that step
+    tensorboard/          the same metrics, where TensorBoard is installed
+
+A run that is resumed from a checkpoint continues to the bit: weights, optimizer and metrics become
+what they would have been without the interruption (on the CPU, with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint, load_latest, rng_state, save_checkpoint, set_rng_state
+from .config import Run, differences
+from .distributed import any_rank, gather, mean_over_ranks, rank
+
+CHECKPOINTS = "checkpoints"
+
+
+class Task(Protocol):
+    """What a run trains. Everything that changes from step to step is in ``modules``, in
+    ``optimizers`` and in the generators of ``rng_state``."""
+
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    batch_size: int
+    device: torch.device
+
+    def step(self, step: int, position: int) -> dict[str, Tensor]:
+        """Train on the samples at ``position`` and return metrics, 0-d tensors."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on data that is not trained on. Draws nothing from the generators."""
+
+    def draw(self) -> Image.Image:
+        """A picture of how far the model is. Draws nothing from the generators."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How ``train`` ended: ``stopped_by`` is None after the last step, else why it was earlier."""
+
+    step: int
+    stopped_by: str | None = None
+
+
+def train(
+    task: Task,
+    run: Run,
+    config: dict[str, Any],
+    *,
+    resume: bool = False,
+    resume_command: str = "the same call with resume=True",
+    console: Console | None = None,
+) -> Outcome:
+    """Train until ``run.steps``, a signal, or ``run.max_hours``; leave a checkpoint in each case.
+
+    Args:
+        task: what to train, built from ``config``.
+        run: folder, intervals, limits.
+        config: of the whole run, kept in its checkpoints.
+        resume: go on from the newest intact checkpoint, if there is one. Without it, a folder that
+            holds a run is an error.
+        resume_command: shown when the run stops early.
+
+    Raises:
+        FileExistsError: the folder holds a run and ``resume`` is False.
+        RuntimeError: another process trains in the folder.
+        FloatingPointError: a metric became infinite or NaN; the last checkpoint is from before.
+        CorruptCheckpoint: every checkpoint is damaged.
+    """
+    folder, started = Path(run.folder), time.monotonic()
+    console = console or Console(quiet=rank() != 0)
+    checkpoints = folder / CHECKPOINTS
+    with _only_process(folder), Stop() as stop:
+        means = Means(task.device)
+        step, position = 0, 0
+        if checkpoints.exists() and any(checkpoints.glob("step-*")):
+            if not resume:
+                raise FileExistsError(
+                    f"{folder} holds a run already: continue it with --resume, or choose another "
+                    "run.folder"
+                )
+            step, position = _restore(task, means, checkpoints, config, console)
+        log = Log(folder, step, run.steps, console)
+        saved_at, saved_step = time.monotonic(), step
+
+        with log:
+            while step < run.steps:
+                begun = time.perf_counter()
+                metrics = task.step(step, position)
+                step, position = step + 1, position + task.batch_size
+                means.add(metrics)
+                log.advance(step, time.perf_counter() - begun)
+
+                last = step == run.steps
+                if last or step % run.log_every == 0:
+                    log.write(step, "train", means.take(), **log.take_timing())
+                if last or step % run.evaluate_every == 0:
+                    if rank() == 0:
+                        log.write(step, "held-out", task.evaluate())
+                if last or step % run.draw_every == 0:
+                    if rank() == 0:
+                        _save_image(task.draw(), folder / "samples" / f"step-{step:08d}.png")
+
+                now = time.monotonic()
+                hours, minutes = (now - started) / 3600, (now - saved_at) / 60
+                stopping, out_of_time, due = any_rank(
+                    [
+                        stop.requested is not None,
+                        0 < run.max_hours <= hours,
+                        0 < run.checkpoint_minutes <= minutes,
+                    ],
+                    task.device,
+                )
+                due = due or last or step % run.checkpoint_every == 0
+                if due or stopping or out_of_time:
+                    means.check(step, metrics)
+                    _save(task, means, checkpoints, config, step, position, run.keep)
+                    saved_at, saved_step = time.monotonic(), step
+                if (stopping or out_of_time) and not last:
+                    reason = stop.requested or (
+                        "another rank" if stopping else f"run.max_hours={run.max_hours:g}"
+                    )
+                    console.print(
+                        f"stopped by {reason} after step {step} of {run.steps}; its checkpoint is "
+                        f"in {checkpoints}. Continue with: {resume_command}",
+                        highlight=False,
+                    )
+                    return Outcome(step, reason)
+        console.print(f"finished: {saved_step} steps in {folder}", highlight=False)
+        return Outcome(step)
+
+
+def _restore(
+    task: Task, means: Means, checkpoints: Path, config: dict[str, Any], console: Console
+) -> tuple[int, int]:
+    """Bring everything back to the newest intact checkpoint; returns its (step, position)."""
+    path, checkpoint = load_latest(checkpoints, report=lambda line: console.print(line))
+    console.print(f"resuming from {path}", highlight=False)
+    for line in differences(checkpoint.config, json.loads(json.dumps(config))):
+        console.print(f"  changed since: {line}", highlight=False)
+    for name, module in task.modules.items():
+        module.load_state_dict(checkpoint.weights[name])
+    for name, optimizer in task.optimizers.items():
+        optimizer.load_state_dict(checkpoint.state["optimizers"][name])
+    means.load_state_dict(checkpoint.state["means"])
+    generators = checkpoint.state["rng"]
+    if rank() < len(generators):
+        set_rng_state(generators[rank()], task.device)
+    return checkpoint.step, checkpoint.position
+
+
+def _save(
+    task: Task,
+    means: Means,
+    folder: Path,
+    config: dict[str, Any],
+    step: int,
+    position: int,
+    keep: int,
+) -> None:
+    generators, sums = gather(rng_state(task.device)), means.state_dict()
+    if rank() != 0:
+        return
+    state = {
+        "optimizers": {name: o.state_dict() for name, o in task.optimizers.items()},
+        "rng": generators,
+        "means": sums,
+    }
+    weights = {name: module.state_dict() for name, module in task.modules.items()}
+    save_checkpoint(folder, Checkpoint(step, position, weights, state, config), keep)
+
+
+class Means:
+    """Running means of the metrics between two lines of the log. The host does not wait for the
+    device while they add up. They are part of a checkpoint."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means over steps and ranks, starting anew."""
+        means = torch.stack([self.sums[name] / self.counts[name] for name in self.sums])
+        values = mean_over_ranks(means).tolist()
+        names = list(self.sums)
+        self.sums, self.counts = {}, {}
+        return dict(zip(names, values, strict=True))
+
+    @staticmethod
+    def check(step: int, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(float(value)):
+                raise FloatingPointError(
+                    f"{name} is {float(value)} at step {step}; nothing was saved since the last "
+                    "checkpoint. Lower optim.lr, or clip harder (optim.grad_clip)"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
+
+
+class Log:
+    """Metrics to metrics.jsonl, to TensorBoard and to the terminal, where a bar shows the rest.
+
+    Lines behind ``step``, of a run that went on after its last checkpoint, are removed.
+    """
+
+    def __init__(self, folder: Path, step: int, steps: int, console: Console):
+        self.steps, self.console = steps, console
+        self.seconds, self.timed = 0.0, 0
+        self.path = folder / "metrics.jsonl"
+        self.board = None
+        if rank() == 0:
+            _truncate(self.path, step)
+            self.board = _tensorboard(folder / "tensorboard", step, console)
+        # Refreshed by hand: a thread that draws would take time from the cores that compute.
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+            disable=not console.is_terminal,
+        )
+        self.job = self.bar.add_task("", total=steps, completed=step)
+        self.drawn = 0.0
+
+    def __enter__(self) -> Log:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()
+        if self.board is not None:
+            self.board.close()
+
+    def advance(self, step: int, seconds: float) -> None:
+        self.seconds, self.timed = self.seconds + seconds, self.timed + 1
+        self.bar.update(self.job, completed=step)
+        if time.monotonic() - self.drawn > 1:
+            self.bar.refresh()
+            self.drawn = time.monotonic()
+
+    def take_timing(self) -> dict[str, float]:
+        """Seconds a step since the last call, evaluation and checkpoints left out."""
+        timing = {"seconds_per_step": self.seconds / max(1, self.timed)}
+        self.seconds, self.timed = 0.0, 0
+        return timing
+
+    def write(self, step: int, split: str, metrics: dict[str, float], **timing: float) -> None:
+        if rank() != 0:
+            return
+        line = {"step": step, "split": split, **metrics, **timing}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in {**metrics, **timing}.items():
+                self.board.add_scalar(f"{split}/{name}", value, step)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in {**metrics, **timing}.items())
+        self.console.print(f"{step}/{self.steps} {split}: {numbers}", highlight=False)
+
+
+class Stop:
+    """Turns the first SIGINT or SIGTERM into a request to finish the step; a second one acts as
+    it always does."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():  # Python's own condition
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _: Any) -> None:
+        self.requested = signal.Signals(number).name
+        signal.signal(number, self._before[number])
+
+
+@contextlib.contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Hold the folder: two runs in one would overwrite each other. The lock ends with the process,
+    however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank() != 0 or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process trains in {folder}") from None
+        yield
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the lines up to ``step``; a torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _tensorboard(folder: Path, step: int, console: Console) -> Any | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        console.print("TensorBoard is not installed: metrics go to metrics.jsonl alone")
+        return None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+def _save_image(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    image.save(part, format="PNG")
+    os.replace(part, path)
