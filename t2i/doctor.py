@@ -1,0 +1,136 @@
+"""What this machine has, which backend each operator runs on, and how to get what is missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from t2i_kernels import explain, native
+from t2i_kernels.registry import ops
+
+LIBRARIES = ("t2i", "torch", "triton", "numpy", "pillow", "safetensors", "tokenizers")
+VARIABLES = ("T2I_BACKEND", "T2I_STRICT", "T2I_CPU_CAPABILITY", "OMP_NUM_THREADS")
+REBUILD = "T2I_BUILD=cpu pip install --no-deps --force-reinstall ."
+
+
+def doctor(console: Console | None = None) -> None:
+    """Print versions, the machine, the native library, the operators' backends, and remedies."""
+    console = console or Console()
+    sections = {
+        "Versions": versions(),
+        "Machine": machine(),
+        "Native library": native_library(),
+        **{op: backends(op) for op in ops()},
+        "Optional packages": optional_packages(),
+        "Missing": remedies() or [("nothing", "that this machine could use")],
+    }
+    for title, rows in sections.items():
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.box, table.show_header, table.pad_edge = None, False, False
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(escape(name), escape(value))
+        console.print(table, "")
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> list[tuple[str, str]]:
+    rows = [("python", platform.python_version())]
+    return rows + [(name, installed(name) or "not installed") for name in LIBRARIES]
+
+
+def machine() -> list[tuple[str, str]]:
+    rows = [
+        ("system", platform.platform()),
+        ("processor", f"{processor()}, {os.cpu_count()} cores"),
+        ("threads", str(torch.get_num_threads())),
+        ("instruction set", f"{torch.backends.cpu.get_cpu_capability()} in torch"),
+    ]
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        rows.append((f"cuda:{i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory}"))
+    if not torch.cuda.is_available():
+        rows.append(("GPU", "none that torch can use"))
+    return rows + [(name, os.environ[name]) for name in VARIABLES if os.environ.get(name)]
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = re.search(r"^model name\s*: (.+)$", file.read(), re.MULTILINE)
+        if name:
+            return name.group(1)
+    return platform.processor() or platform.machine()
+
+
+def native_library() -> list[tuple[str, str]]:
+    info = native.info()
+    if info["reason"]:
+        return [("not loaded", info["reason"])]
+    chosen, built = info["cpu_capability"], ", ".join(info["capabilities"])
+    return [
+        ("loaded", info["library"]),
+        ("instruction set", f"{chosen} (built for {built})"),
+        ("compiler", info["compiler"]),
+        ("flags", info["flags"]),
+        ("built against", f"torch {info['torch']}"),
+    ]
+
+
+def backends(op: str) -> list[tuple[str, str]]:
+    """The backends of an operator in the order of choice, the chosen one marked."""
+    return [
+        (f"{'>' if row.chosen else ' '} {row.backend}", row.reason or "available")
+        for row in explain(op)
+    ]
+
+
+def optional_packages() -> list[tuple[str, str]]:
+    """The packages of the users' extras of pyproject.toml, as the installed metadata has them."""
+    if installed("t2i") is None:
+        return [("unknown", "t2i was imported without being installed")]
+    rows = []
+    for requirement in metadata.requires("t2i") or ():
+        extra = re.search(r"extra == [\"'](\w+)[\"']", requirement)
+        if extra and extra.group(1) not in ("test", "dev"):
+            package = re.match(r"[\w.-]+", requirement).group()
+            get = f'not installed: pip install "t2i[{extra.group(1)}]"'
+            rows.append((package, installed(package) or get))
+    return sorted(set(rows))
+
+
+def remedies() -> list[tuple[str, str]]:
+    """(what is missing, how to get it) of what this machine could use."""
+    rows = []
+    reason = native.reason()
+    if reason and "T2I_CPU_CAPABILITY" in reason:
+        rows.append(("native CPU kernels", "unset T2I_CPU_CAPABILITY, or set it to one of these"))
+    elif reason:
+        if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+            get = "apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)"
+            rows.append(("C++ compiler", get))
+        rows.append(("native CPU kernels", f"in a clone of the repository: {REBUILD}"))
+    if shutil.which("nvidia-smi") and torch.version.cuda is None:
+        get = f"this torch, {torch.__version__}, is a CPU build: install the CUDA build of torch"
+        rows.append(("GPU support", get))
+    if torch.version.cuda and installed("triton") is None:
+        rows.append(("triton", "pip install triton"))
+    return rows

@@ -1,0 +1,72 @@
+"""``t2i doctor``: facts of this machine, and a remedy for each thing that is missing."""
+
+from __future__ import annotations
+
+import io
+import platform
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from t2i import doctor
+from t2i_kernels import explain, native
+from t2i_kernels.registry import ops
+
+
+def report() -> str:
+    console = Console(file=io.StringIO(), width=400)
+    doctor.doctor(console)
+    return console.file.getvalue()
+
+
+def test_reports_versions_and_every_backend_with_its_reason():
+    text = report()
+    assert platform.python_version() in text and torch.__version__ in text
+    for op in ops():
+        assert op in text
+        for row in explain(op):
+            assert row.reason is None or row.reason in text
+        assert f"> {explain(op).chosen}" in text
+
+
+def test_reports_the_library_or_why_there_is_none():
+    text = report()
+    if native.reason() is None:
+        assert str(native.LIBRARY) in text and native.cpu_capability() in text
+    else:
+        assert native.reason() in text
+
+
+def missing(monkeypatch, reason, programs=()) -> dict[str, str]:
+    monkeypatch.setattr(native, "reason", lambda: reason)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in programs else None)
+    return dict(doctor.remedies())
+
+
+def test_nothing_is_missing_where_all_is_there(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert missing(monkeypatch, None, ["g++"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("reason", "programs", "expected"),
+    [
+        ("no C++ compiler was found", [], {"C++ compiler": "g++", "native CPU kernels": "pip"}),
+        ("torch was not installed", ["c++"], {"native CPU kernels": "T2I_BUILD=cpu pip install"}),
+        ("T2I_CPU_CAPABILITY='SSE9'", ["c++"], {"native CPU kernels": "unset T2I_CPU_CAPABILITY"}),
+        (None, ["nvidia-smi"], {"GPU support": "install the CUDA build of torch"}),
+    ],
+)
+def test_remedies(monkeypatch, reason, programs, expected):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    rows = missing(monkeypatch, reason, programs)
+    assert rows.keys() == expected.keys()
+    assert all(expected[name] in rows[name] for name in expected)
+
+
+def test_optional_packages_that_are_not_there_say_how_to_get_them(monkeypatch):
+    real = doctor.installed
+    monkeypatch.setattr(doctor, "installed", lambda name: None if name == "gguf" else real(name))
+    assert dict(doctor.optional_packages())["gguf"] == 'not installed: pip install "t2i[hf]"'
