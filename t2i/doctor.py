@@ -107,14 +107,14 @@ def optional_packages() -> list[tuple[str, str]]:
     """The packages of the users' extras of pyproject.toml, as the installed metadata has them."""
     if installed("t2i") is None:
         return [("unknown", "t2i was imported without being installed")]
-    rows = []
+    rows = {}
     for requirement in metadata.requires("t2i") or ():
         extra = re.search(r"extra == [\"'](\w+)[\"']", requirement)
         if extra and extra.group(1) not in ("test", "dev"):
             package = re.match(r"[\w.-]+", requirement).group()
             get = f'not installed: pip install "t2i[{extra.group(1)}]"'
-            rows.append((package, installed(package) or get))
-    return sorted(set(rows))
+            rows.setdefault(package, installed(package) or get)
+    return sorted(rows.items())
 
 
 def remedies() -> list[tuple[str, str]]:
