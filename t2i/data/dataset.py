@@ -8,11 +8,11 @@ sources and their licences; it is written last and marks the folder as complete.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import numpy as np
+
+from .files import read_info, read_jsonl
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "unseen_pairs", "unseen_labels")
@@ -20,6 +20,9 @@ SPLITS = ("train", "unseen_pairs", "unseen_labels")
 
 class ImageTextDataset:
     """Read-only view of a dataset folder, or of one split of it.
+
+    ``images`` and ``pairs`` are those of the whole set; ``rows`` are the indices of the split, over
+    which ``len`` and ``[]`` go.
 
     Raises:
         FileNotFoundError: no dataset at ``path``, or an unfinished one.
@@ -31,13 +34,7 @@ class ImageTextDataset:
         self.info = read_info(self.path, "dataset.json", FORMAT_VERSION, verify=verify)
         self.pairs = read_jsonl(self.path / "pairs.jsonl")
         self.images = np.load(self.path / "images.npy", mmap_mode="r")
-        self.rows = np.arange(len(self.pairs))
-        if split is not None:
-            if split not in SPLITS:
-                raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-            self.rows = np.array(
-                [i for i, pair in enumerate(self.pairs) if pair["split"] == split], dtype=np.int64
-            )
+        self.rows = rows_of(self.pairs, split)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,65 +54,13 @@ class ImageTextDataset:
         return self.info["sha256"]["images.npy"]
 
 
-def write_dataset(path: Path, images: np.ndarray, pairs: list[dict], info: dict) -> None:
-    """Write a dataset folder; ``dataset.json`` last."""
-    path.mkdir(parents=True, exist_ok=True)
-    write_array(path / "images.npy", images)
-    write_jsonl(path / "pairs.jsonl", pairs)
-    splits = {s: sum(pair["split"] == s for pair in pairs) for s in SPLITS}
-    finish(path, "dataset.json", {**info, "images": len(pairs), "splits": splits},
-           ["images.npy", "pairs.jsonl"], FORMAT_VERSION)  # fmt: skip
+def rows_of(pairs: list[dict], split: str | None) -> np.ndarray:
+    """Indices int64 of the pairs of a split, of all for None."""
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+    return np.array([i for i, p in enumerate(pairs) if split in (None, p["split"])], dtype=np.int64)
 
 
-def finish(path: Path, name: str, info: dict, files: list[str], version: int) -> None:
-    """Write the description that marks a folder as complete, with the checksums of its files."""
-    sums = {file: sha256(path / file) for file in files}
-    write_text(
-        path / name,
-        json.dumps({"format_version": version, **info, "sha256": sums}, indent=2) + "\n",
-    )
-
-
-def read_info(path: Path, name: str, version: int, *, verify: bool) -> dict:
-    if not (path / name).exists():
-        raise FileNotFoundError(f"{path} holds no finished {name}")
-    info = json.loads((path / name).read_text())
-    if info.get("format_version") != version:
-        raise ValueError(
-            f"{path / name}: format version {info.get('format_version')}, expected {version}"
-        )
-    if verify:
-        for file, expected in info["sha256"].items():
-            if sha256(path / file) != expected:
-                raise ValueError(f"{path / file} does not match its checksum in {name}")
-    return info
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
-
-def write_jsonl(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        np.save(f, array)
-    os.replace(part, path)
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that looks random and is the same on every machine: splits follow it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

