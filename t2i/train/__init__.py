@@ -1,1 +1,1 @@
-"""Training of image tokenizers and language models."""
+"""Training of image tokenizers and language models from configuration files."""

@@ -38,6 +38,19 @@ from .distributed import any_rank, gather, mean_over_ranks, rank
 CHECKPOINTS = "checkpoints"
 
 
+def load_run(path: str | Path) -> Checkpoint:
+    """The newest intact checkpoint of the run in the folder ``path``.
+
+    Raises:
+        FileNotFoundError: no run there, or one without a checkpoint yet.
+        CorruptCheckpoint: every checkpoint is damaged.
+    """
+    found = load_latest(Path(path) / CHECKPOINTS)
+    if found is None:
+        raise FileNotFoundError(f"{path} holds no checkpoint of a run")
+    return found[1]
+
+
 class Task(Protocol):
     """What a run trains. Everything that changes from step to step is in ``modules``, in
     ``optimizers`` and in the generators of ``rng_state``."""
@@ -136,7 +149,7 @@ def train(
                 )
                 due = due or last or step % run.checkpoint_every == 0
                 if due or stopping or out_of_time:
-                    means.check(step, metrics)
+                    _check_finite(step, metrics)
                     _save(task, means, checkpoints, config, step, position, run.keep)
                     saved_at, saved_step = time.monotonic(), step
                 if (stopping or out_of_time) and not last:
@@ -216,15 +229,6 @@ class Means:
         self.sums, self.counts = {}, {}
         return dict(zip(names, values, strict=True))
 
-    @staticmethod
-    def check(step: int, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            if not math.isfinite(float(value)):
-                raise FloatingPointError(
-                    f"{name} is {float(value)} at step {step}; nothing was saved since the last "
-                    "checkpoint. Lower optim.lr, or clip harder (optim.grad_clip)"
-                )
-
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
@@ -292,7 +296,7 @@ class Log:
             for name, value in {**metrics, **timing}.items():
                 self.board.add_scalar(f"{split}/{name}", value, step)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in {**metrics, **timing}.items())
-        self.console.print(f"{step}/{self.steps} {split}: {numbers}", highlight=False)
+        self.console.print(f"{step}/{self.steps} {split}: {numbers}", highlight=False, soft_wrap=True)
 
 
 class Stop:
@@ -357,6 +361,16 @@ def _tensorboard(folder: Path, step: int, console: Console) -> Any | None:
         console.print("TensorBoard is not installed: metrics go to metrics.jsonl alone")
         return None
     return SummaryWriter(folder, purge_step=step + 1)
+
+
+def _check_finite(step: int, metrics: dict[str, Tensor]) -> None:
+    """Infinity and NaN spread to the weights and stay: seen in any step, and never saved."""
+    for name, value in metrics.items():
+        if not math.isfinite(value.item()):
+            raise FloatingPointError(
+                f"{name} is {value.item()} at step {step}; nothing was saved since the last "
+                "checkpoint. Lower optim.lr, or clip harder (optim.grad_clip)"
+            )
 
 
 def _save_image(image: Image.Image, path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Training of an image tokenizer."""
+"""Training of an image tokenizer: a VQ autoencoder on the pictures of a dataset."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,115 +14,215 @@ from torch import Tensor, nn
 
 from t2i.data import ImageTextDataset
 from t2i.data.tokens import to_float
-from t2i.grid import draw_grid, save_image
-from t2i.tokenizer import build_tokenizer, save_tokenizer
+from t2i.grid import draw_grid
+from t2i.tokenizer import TOKENIZER_CONFIGS, build_tokenizer
 
-from .config import TokenizerConfig
-from .data import Order
-from .loop import Metrics, Trainer, mixed_precision, start
+from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
+from .config import TokenizerTraining, updated
+from .data import DataOrder, augmented, spread
+from .distributed import local_device, process_group, rank, world_size
+from .loop import Outcome, load_run, train
+from .optim import Ema, adamw, apply_gradients, learning_rate
 from .perceptual import PerceptualLoss
-
-PICTURES = 16  # held-out ones on a sample sheet
-BATCH = 64  # of evaluation
+from .precision import autocast
 
 
-def train_tokenizer(config: TokenizerConfig, *, resume: bool = False) -> bool:
-    """Train ``config.model`` on the train split; writes the averaged weights to ``config.out``.
-
-    Loss: mean squared error, the quantizer's own, and in the last part of the run a perceptual
-    term: it costs a third of a step and sharpens what is already in place.
-
-    Returns:
-        True if the run reached its last step.
-
-    Raises:
-        FileExistsError: the run exists and ``resume`` is not asked for.
-        FileNotFoundError: no dataset, or nothing to resume.
-    """
-    device = start(config)
-    train = ImageTextDataset(config.data, "train")
-    held_out = ImageTextDataset(config.data, "unseen_labels")
-    model = build_tokenizer(config.model).to(device, memory_format=torch.channels_last)
-    trainer = Trainer(config, model)
-    begin(trainer, resume)
-    order = Order(len(train), config.batch_size, config.seed)
-    perceptual_from = int(config.perceptual_from * config.steps)
-    # Loaded at the start: a package that cannot be fetched should not end a run in its last hour.
-    perceptual = PerceptualLoss().to(device) if config.perceptual_weight > 0 else None
-
-    def loss(step: int) -> dict[str, Tensor]:
-        images = np.stack([train[i][0] for i in order.batch(step)])
-        images = augment(images, order.rng(step), flip=config.flip, shift=config.shift)
-        pixels = to_float(torch.from_numpy(images).to(device))
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with mixed_precision(device):
-            reconstruction, vq = model.train()(pixels)
-            squared = F.mse_loss(reconstruction.float(), pixels)
-            total = squared + vq.loss
-            values = {"mse": squared.detach(), "vq": vq.loss.detach()}
-            if perceptual is not None and step >= perceptual_from:
-                distance = perceptual(reconstruction.float(), pixels)
-                total = total + config.perceptual_weight * distance
-                values["perceptual"] = distance.detach()
-        return {"loss": total, **values}
-
-    def evaluate(ema: nn.Module) -> Metrics:
-        seen = np.arange(0, len(train), 10)
-        psnr_seen, codes_seen = reconstruct(ema, train, seen, device)
-        psnr, codes = reconstruct(ema, held_out, np.arange(len(held_out)), device)
-        used = len(np.union1d(codes, codes_seen)) / ema.num_codes
-        return {"psnr_train": psnr_seen, "psnr_held_out": psnr, "codebook_usage": used}
-
-    def picture(ema: nn.Module, path: Path) -> None:
-        rows = np.linspace(0, len(held_out) - 1, min(PICTURES, len(held_out))).astype(int)
-        originals = np.stack([held_out[i][0] for i in rows])
-        with torch.no_grad():
-            drawn = ema(to_float(torch.from_numpy(originals).to(device)))[0]
-        images = [Image.fromarray(image) for image in (*originals, *to_uint8(drawn))]
-        save_image(draw_grid(images, columns=len(rows), scale=1), path)
-
-    finished = trainer.fit(loss, evaluate, picture)
-    save_tokenizer(trainer.ema, config.out)
-    return finished
+def train_tokenizer(config: TokenizerTraining, **options: Any) -> Outcome:
+    """Train an image tokenizer as ``config`` says; ``options`` are those of ``loop.train``."""
+    device = local_device(config.run.device)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    with process_group(device):
+        torch.manual_seed(config.run.seed)
+        task = TokenizerTask(config, device)
+        torch.manual_seed(config.run.seed + rank())
+        return train(task, config.run, dataclasses.asdict(config), **options)
 
 
-def begin(trainer: Trainer, resume: bool) -> None:
-    """Start a new run, or go on with an old one; never overwrite one by accident."""
-    exists = (trainer.out / "checkpoints").exists()
-    if resume and not trainer.resume():
-        raise FileNotFoundError(f"{trainer.out} holds no checkpoint to resume from")
-    if exists and not resume:
-        raise FileExistsError(f"{trainer.out} holds a run: add --resume to go on, or name another")
+def load_trained_tokenizer(path: str | Path) -> nn.Module:
+    """The averaged weights of a run, from its newest intact checkpoint: fp32, on the CPU."""
+    checkpoint = load_run(path)
+    config = updated(TokenizerTraining(), checkpoint.config)
+    tokenizer = _build(config)
+    tokenizer.load_state_dict(checkpoint.weights["ema"])
+    return tokenizer.eval()
 
 
-def augment(images: np.ndarray, rng: np.random.Generator, *, flip: float, shift: int) -> np.ndarray:
-    """Mirror some of uint8 [B, S, S, 3] and move each by up to ``shift`` pixels."""
-    out = np.empty_like(images)
-    size = images.shape[1]
-    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
-    offsets = rng.integers(0, 2 * shift + 1, size=(len(images), 2))
-    mirrored = rng.random(len(images)) < flip
-    for i, (top, left) in enumerate(offsets):
-        moved = padded[i, top : top + size, left : left + size]
-        out[i] = moved[:, ::-1] if mirrored[i] else moved
-    return out
+class TokenizerTask:
+    """The modules, the step and the evaluation of a run; see ``loop.Task``."""
+
+    def __init__(self, config: TokenizerTraining, device: torch.device):
+        self.config, self.device = config, device
+        self.batch_size = config.optim.batch_size
+        data = config.data
+        self.images = ImageTextDataset(data.path).images
+        self.order = DataOrder(ImageTextDataset(data.path, "train").rows, config.run.seed)
+        self.splits = {
+            "train": spread(self.order.indices, config.evaluation.images),
+            "unseen_labels": spread(
+                ImageTextDataset(data.path, "unseen_labels").rows, config.evaluation.images
+            ),
+        }
+
+        # Convolutions are faster on channels-last memory, on the CPU and on the GPU.
+        self.tokenizer = _build(config).to(device, memory_format=torch.channels_last)
+        self.ema = Ema(self.tokenizer, config.optim.ema)
+        self.parameters = [p for p in self.tokenizer.parameters() if p.requires_grad]
+        self.modules = {"model": self.tokenizer, "ema": self.ema.module}
+        self.optimizers = {"model": adamw(self.tokenizer, config.optim)}
+        self.perceptual = self.discriminator = None
+        if config.loss.perceptual:
+            self.perceptual = PerceptualLoss().to(device)
+        if config.loss.gan:
+            self.discriminator = PatchDiscriminator(config.loss.gan_channels)
+            self.discriminator.to(device, memory_format=torch.channels_last)
+            self.modules["discriminator"] = self.discriminator
+            self.optimizers["discriminator"] = adamw(
+                self.discriminator, config.optim, config.loss.gan_lr
+            )
+            # The layer at which the adversarial loss is balanced: the one that makes pixels.
+            convolutions = [m for m in self.tokenizer.decoder.modules() if isinstance(m, nn.Conv2d)]
+            self.last_layer = convolutions[-1].weight
+
+    def step(self, step: int, position: int) -> dict[str, Tensor]:
+        optim = self.config.optim
+        self.tokenizer.train()
+        for images in self._micro_batches(position):
+            reconstruction, metrics = self._backward(images, step)
+            if "gan" in metrics:
+                metrics["discriminator"] = self._discriminate(images, reconstruction)
+        lr = learning_rate(optim, step, self.config.run.steps)
+        metrics["grad_norm"] = apply_gradients(
+            self.parameters, self.optimizers["model"], lr, optim.grad_clip
+        )
+        metrics["lr"] = torch.tensor(lr)
+        if "gan" in metrics:
+            apply_gradients(
+                list(self.discriminator.parameters()),
+                self.optimizers["discriminator"],
+                self.config.loss.gan_lr,
+                optim.grad_clip,
+            )
+        self.ema.update(self.tokenizer, step)
+        return metrics
+
+    def _micro_batches(self, position: int) -> list[Tensor]:
+        """This rank's images of the batch at ``position``, in ``accumulate`` parts."""
+        data, optim = self.config.data, self.config.optim
+        share = optim.batch_size // world_size()
+        samples, epochs = self.order(position + rank() * share, share)
+        generators = self.order.generators(samples, epochs)
+        images = augmented(self.images[samples], generators, flip=data.flip, shift=data.shift)
+        return list(self._to_float(images).chunk(optim.accumulate))
+
+    def _to_float(self, images: np.ndarray) -> Tensor:
+        return to_float(torch.from_numpy(images).to(self.device))
+
+    def _backward(self, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the gradient of all losses of one micro-batch to the tokenizer's.
+
+        The losses on pixels are differentiated down to the reconstruction first. Their gradients
+        there are images: the adversarial one is scaled, both are added, and one pass through the
+        decoder serves all.
+        """
+        loss = self.config.loss
+        with autocast(self.device, self.config.run.precision):
+            reconstruction, vq = self.tokenizer(images)
+        leaf = reconstruction.detach().float().requires_grad_()
+        quality, metrics = self._quality(leaf, images, step)
+        (gradient,) = torch.autograd.grad(quality, leaf)
+        if self.discriminator is not None and step >= loss.gan_from * self.config.run.steps:
+            adversarial = -self.discriminator(leaf).mean()
+            (direction,) = torch.autograd.grad(adversarial, leaf)
+            weight = loss.gan * self._balance(reconstruction, gradient, direction)
+            gradient = gradient + weight * direction
+            metrics |= {"gan": adversarial, "gan_weight": weight}
+        share = 1 / self.config.optim.accumulate
+        torch.autograd.backward(
+            [reconstruction, vq.loss],
+            [(share * gradient).to(reconstruction.dtype), vq.loss.new_tensor(share)],
+        )
+        return leaf.detach(), {**metrics, "vq": vq.loss}
+
+    def _quality(self, images: Tensor, target: Tensor, step: int) -> tuple[Tensor, dict]:
+        """The weighted loss on pixels and features, and its terms."""
+        loss = self.config.loss
+        metrics = {"l2": F.mse_loss(images, target)}
+        total = loss.l2 * metrics["l2"]
+        if loss.l1:
+            metrics["l1"] = F.l1_loss(images, target)
+            total = total + loss.l1 * metrics["l1"]
+        if self.perceptual is not None and step >= loss.perceptual_from * self.config.run.steps:
+            with autocast(self.device, self.config.run.precision):
+                metrics["perceptual"] = self.perceptual(images, target)
+            total = total + loss.perceptual * metrics["perceptual"]
+        return total, metrics
+
+    def _balance(self, reconstruction: Tensor, gradient: Tensor, direction: Tensor) -> Tensor:
+        at_last_layer = (
+            torch.autograd.grad(
+                reconstruction, self.last_layer, g.to(reconstruction.dtype), retain_graph=True
+            )[0]
+            for g in (gradient, direction)
+        )
+        return adaptive_weight(*at_last_layer)
+
+    def _discriminate(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Add the discriminator's gradient of one micro-batch."""
+        loss = discriminator_loss(self.discriminator(real), self.discriminator(fake))
+        (loss / self.config.optim.accumulate).backward()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """PSNR (dB) of the averaged weights on images as they are, and the share of codes in use:
+        by the training batches of late, and by the images evaluated."""
+        metrics, used = {}, []
+        for split, rows in self.splits.items():
+            if not len(rows):
+                continue
+            psnr = []
+            for part in np.array_split(rows, -(-len(rows) // 64)):
+                images = self._to_float(self.images[part])
+                reconstruction, vq = self.ema.module(images)
+                error = (reconstruction.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+                psnr.append(10 * torch.log10(4 / error))  # the range of a pixel is 2
+                used.append(vq.indices.flatten())
+            metrics[f"psnr_{split}"] = torch.cat(psnr).mean().item()
+        quantizer = self.tokenizer.quantizer
+        return {
+            **metrics,
+            "codes_evaluated": len(torch.cat(used).unique()) / quantizer.num_codes,
+            "codes_training": quantizer.usage(),
+            "perplexity_training": quantizer.perplexity(),
+        }
+
+    @torch.no_grad()
+    def draw(self) -> Image.Image:
+        """Held-out images with their reconstructions below."""
+        rows = self.splits["unseen_labels"]
+        rows = spread(rows if len(rows) else self.splits["train"], self.config.evaluation.drawn)
+        images = self._to_float(self.images[rows])
+        reconstruction, _ = self.ema.module(images)
+        columns = min(12, len(rows))
+        pictures = []
+        for i in range(0, len(rows), columns):
+            pictures += _pictures(images[i : i + columns])
+            pictures += _pictures(reconstruction[i : i + columns])
+            blank = Image.new("RGB", pictures[0].size, "white")
+            pictures += [blank] * (-len(pictures) % columns)
+        return draw_grid(pictures, columns=columns)
 
 
-@torch.no_grad()
-def reconstruct(model, data, rows, device) -> tuple[float, np.ndarray]:
-    """(mean PSNR in dB over pictures, the codes in use) of some rows of a dataset."""
-    psnr, codes = [], []
-    for part in np.array_split(rows, max(1, -(-len(rows) // BATCH))):
-        images = to_float(torch.from_numpy(np.stack([data[i][0] for i in part])).to(device))
-        reconstruction, vq = model(images)
-        # On the scale [0, 1]: the images are in [-1, 1].
-        error = ((reconstruction.float().clamp(-1, 1) - images) / 2).square().mean(dim=(1, 2, 3))
-        psnr.append(-10 * error.clamp_min(1e-10).log10())
-        codes.append(vq.indices.flatten())
-    return torch.cat(psnr).mean().item(), torch.cat(codes).unique().cpu().numpy()
+def _build(config: TokenizerTraining) -> nn.Module:
+    name = config.model.name
+    if name not in TOKENIZER_CONFIGS:
+        return build_tokenizer(name)  # raises, naming the choices
+    return build_tokenizer(
+        updated(TOKENIZER_CONFIGS[name], config.model.overrides, "model.overrides.")
+    )
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
-    """fp32 [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+def _pictures(images: Tensor) -> list[Image.Image]:
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
