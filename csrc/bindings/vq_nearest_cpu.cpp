@@ -26,7 +26,7 @@ void check(bool ok, const Args&... message) {
   std::ostringstream text;
   text << "vq_nearest: ";
   (text << ... << message);
-  throw std::runtime_error(text.str());
+  throw std::invalid_argument(text.str());  // Python: ValueError
 }
 
 std::string shape(const Tensor& tensor) {

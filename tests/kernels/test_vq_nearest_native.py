@@ -288,11 +288,11 @@ def test_what_is_not_finite_is_named(capability, value, metric):
     for row in (0, 64, 129):
         z, codes = gaussian(130, 130, 5)
         z[row, 3] = value
-        with pytest.raises(RuntimeError, match=f"z holds NaN or infinite values, in row {row} "):
+        with pytest.raises(ValueError, match=f"z holds NaN or infinite values, in row {row} "):
             nearest(z, codes, metric)
         z, codes = gaussian(130, 130, 5)
         codes[row, 4] = value
-        with pytest.raises(RuntimeError, match=f"codebook holds NaN .*, in row {row} "):
+        with pytest.raises(ValueError, match=f"codebook holds NaN .*, in row {row} "):
             nearest(z, codes, metric)
 
 
@@ -309,7 +309,7 @@ def test_what_is_not_finite_is_named(capability, value, metric):
     ],
 )
 def test_bad_arguments(z, codes, metric, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         nearest(z, codes, metric)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from ..checks import (
+    check_device,
+    check_groups,
+    check_heads,
+    check_indices,
+    check_scores,
+    default_scale,
+)
 from ..registry import LIBRARY, Backend, register, register_op, select
 from . import reference
 from .cache import KVCache
@@ -17,7 +23,7 @@ SCHEMA = (
     " Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, int window, float softcap,"
     " float scale) -> Tensor out"
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUT = "[batch, tokens, heads, head_dim]"
 
 
 def decode_attention(
@@ -53,12 +59,13 @@ def decode_attention(
         backend: name of the backend to use; chosen by ``registry`` otherwise.
 
     Returns:
-        [B, n, H, D] in the type of q. A row that sees no key is 0.
+        [B, n, H, D] in the type of q, without a gradient. A token that sees no key gives 0, as
+        those before ``start`` do.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, device or option.
-        RuntimeError: a full cache, a position outside the rotary table; the backend asked for
-            cannot run it.
+        IndexError: a full cache, a negative start, a position outside the rotary table.
+        BackendError: the backend asked for cannot run the call.
     """
     call = _bind(
         q,
@@ -91,82 +98,99 @@ def _bind(
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
     buffers = cache.k, cache.v, cache.k_scale, cache.v_scale, cache.seqlens, cache.start
-    _check(q, k_new, v_new, *buffers, rotary_cos, rotary_sin, window, softcap)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
     rotary = rotary_cos, rotary_sin, rotary_interleaved
-    return (q, k_new, v_new, *buffers, *rotary, window, float(softcap), float(scale))
+    _check(q, k_new, v_new, *buffers, *rotary, window, softcap, scale)
+    if scale is None:
+        scale = default_scale(q)
+    if torch.is_grad_enabled():  # a cache would keep the history of every token in it alive
+        q, k_new, v_new = q.detach(), k_new.detach(), v_new.detach()
+    return q, k_new, v_new, *buffers, *rotary, window, float(softcap), float(scale)
 
 
-def _check(q, k_new, v_new, k, v, k_scale, v_scale, seqlens, start, cos, sin, window, softcap):
-    for name, tensor in (("q", q), ("k_new", k_new), ("v_new", v_new)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name}: expected [batch, tokens, heads, head_dim], got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != q.dtype or tensor.dtype not in (*DTYPES, torch.float64):
-            raise TypeError(
-                f"{name}: expected float32, bfloat16, float16 or float64, the same for q, k_new "
-                f"and v_new, got {tensor.dtype} beside {q.dtype}"
-            )
-    batch, tokens, heads, head_dim = q.shape
-    kv_heads = k_new.shape[2]
-    if tuple(k_new.shape) != (batch, tokens, kv_heads, head_dim):
+def _check(q, k_new, v_new, *rest) -> None:
+    *buffers, cos, sin, _, window, softcap, scale = rest
+    _check_tokens(q, k_new, v_new)
+    _check_cache(q, k_new, *buffers)
+    if (cos is None) != (sin is None):
+        raise ValueError("rotary_cos and rotary_sin: give both or none")
+    if cos is not None:
+        _check_rotary("rotary_cos", cos, cos, q)
+        _check_rotary("rotary_sin", sin, cos, q)
+    if window < -1:
+        raise ValueError(f"window: expected at least -1, which is all, got {window}")
+    check_scores(softcap, scale)
+
+
+def _check_tokens(q, k_new, v_new) -> None:
+    check_heads("q", q, 4, LAYOUT, q)
+    check_heads("k_new", k_new, 4, LAYOUT, q)
+    check_heads("v_new", v_new, 4, LAYOUT, q)
+    batch, tokens, _, head_dim = q.shape
+    if k_new.shape[:2] != q.shape[:2] or k_new.shape[3] != head_dim:
         raise ValueError(
             f"k_new: expected {(batch, tokens, 'heads', head_dim)} for q {tuple(q.shape)}, "
             f"got {tuple(k_new.shape)}"
         )
     if v_new.shape != k_new.shape:
         raise ValueError(f"v_new: expected {tuple(k_new.shape)} as k_new, got {tuple(v_new.shape)}")
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q: {heads} heads are not a multiple of the {kv_heads} of k_new")
-    for name, tensor in (("cache.k", k), ("cache.v", v)):
-        expected = (batch, "slots", kv_heads, head_dim)
-        if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != (batch, kv_heads, head_dim):
-            raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-        if tensor.dtype not in (q.dtype, torch.int8):
-            raise TypeError(f"{name}: expected {q.dtype} as q, or int8, got {tensor.dtype}")
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"cache.v: expected {k.dtype} {tuple(k.shape)}, got {tuple(v.shape)}")
-    quantized = k.dtype == torch.int8
-    for name, tensor in (("cache.k_scale", k_scale), ("cache.v_scale", v_scale)):
-        if quantized != (tensor is not None):
-            raise ValueError(f"{name}: an int8 cache has one, and no other: cache.k is {k.dtype}")
-        if quantized and (tensor.shape != k.shape[:3] or tensor.dtype != torch.float32):
-            raise ValueError(
-                f"{name}: expected float32 {tuple(k.shape[:3])}, got {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
-            )
-    for name, tensor in (("cache.seqlens", seqlens), ("cache.start", start)):
-        if tuple(tensor.shape) != (batch,) or tensor.dtype != torch.int32:
-            raise ValueError(
-                f"{name}: expected int32 [{batch}], got {tensor.dtype} {tuple(tensor.shape)}"
-            )
-    if (cos is None) != (sin is None):
-        raise ValueError("rotary_cos and rotary_sin: give both or none")
-    if cos is not None:
-        for name, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
-            if tensor.dim() != 2 or tensor.dtype != torch.float32 or tensor.shape != cos.shape:
-                raise ValueError(
-                    f"{name}: expected float32 [positions, R/2], got {tensor.dtype} "
-                    f"{tuple(tensor.shape)}"
-                )
-        if 2 * cos.shape[1] > head_dim:
-            raise ValueError(
-                f"rotary_cos: turns {2 * cos.shape[1]} channels, but head_dim is {head_dim}"
-            )
-    for tensor in (k_new, v_new, k, v, seqlens, start, cos):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"an argument is on {tensor.device}, but q is on {q.device}")
-    if window < -1:
-        raise ValueError(f"window: expected at least -1, which is all, got {window}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}")
+    check_groups(q, k_new.shape[2], "k_new")
 
 
-def _fake(q, k_new, v_new, *rest):
+def _check_cache(q, k_new, k, v, k_scale, v_scale, seqlens, start) -> None:
+    batch, _, kv_heads, head_dim = k_new.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != k_new.shape[2:]:
+        raise ValueError(
+            f"cache.k: expected {(batch, 'slots', kv_heads, head_dim)} for k_new "
+            f"{tuple(k_new.shape)}, got {tuple(k.shape)}"
+        )
+    if k.dtype != q.dtype and k.dtype != torch.int8:
+        raise TypeError(f"cache.k: expected {q.dtype} as q, or int8, got {k.dtype}")
+    if v.shape != k.shape:
+        raise ValueError(f"cache.v: expected {tuple(k.shape)} as cache.k, got {tuple(v.shape)}")
+    if v.dtype != k.dtype:
+        raise TypeError(f"cache.v: expected {k.dtype} as cache.k, got {v.dtype}")
+    check_device("cache.k", k, "q", q)
+    check_device("cache.v", v, "q", q)
+    _check_cache_scale("cache.k_scale", k_scale, k)
+    _check_cache_scale("cache.v_scale", v_scale, k)
+    check_indices("cache.seqlens", seqlens, f"[{batch}]", q)
+    check_indices("cache.start", start, f"[{batch}]", q)
+    for name, lengths in (("cache.seqlens", seqlens), ("cache.start", start)):
+        if lengths.shape[0] != batch:
+            raise ValueError(f"{name}: expected [{batch}], got {tuple(lengths.shape)}")
+
+
+def _check_cache_scale(name: str, scale: Tensor | None, k: Tensor) -> None:
+    if scale is None:
+        if k.dtype == torch.int8:
+            raise ValueError(f"{name}: expected float32 {tuple(k.shape[:3])} for int8, got None")
+        return
+    if k.dtype != torch.int8:
+        raise ValueError(f"{name}: expected None for {k.dtype}, got {tuple(scale.shape)}")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, got {scale.dtype}")
+    if scale.shape != k.shape[:3]:
+        raise ValueError(f"{name}: expected {tuple(k.shape[:3])}, got {tuple(scale.shape)}")
+    check_device(name, scale, "cache.k", k)
+
+
+def _check_rotary(name: str, table: Tensor, cos: Tensor, q: Tensor) -> None:
+    if table.dtype != torch.float32:
+        raise TypeError(f"{name}: expected float32, got {table.dtype}")
+    if table.dim() != 2 or 2 * table.shape[1] > q.shape[3]:
+        raise ValueError(
+            f"{name}: expected [positions, R/2] with R at most head_dim, {q.shape[3]}, "
+            f"got {tuple(table.shape)}"
+        )
+    if table.shape != cos.shape:
+        raise ValueError(
+            f"{name}: expected {tuple(cos.shape)} as rotary_cos, got {tuple(table.shape)}"
+        )
+    check_device(name, table, "q", q)
+
+
+def _fake(q, *rest):
+    _check(q, *rest)
     return q.new_empty(q.shape)
 
 

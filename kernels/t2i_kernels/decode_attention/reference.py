@@ -26,11 +26,11 @@ def decode_attention(
     scale: float,
 ) -> Tensor:
     batch, tokens, heads, _ = q.shape
+    if batch == 0 or tokens == 0:
+        return q.new_zeros(q.shape)
     slots = seqlens.long()[:, None] + torch.arange(tokens, device=q.device)  # [B, n]
     first = start.long()[:, None]
     _check_indices(slots, first, k_cache.shape[1], rotary_cos)
-    if q.numel() == 0:
-        return q.new_zeros(*q.shape[:-1], v_new.shape[-1])
     if rotary_cos is not None:
         # A padded slot has no position; whatever it gets is masked.
         positions = (slots - first).clamp_min(0)
@@ -54,7 +54,7 @@ def decode_attention(
         for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
     )
     # An unused slot may hold NaN, and 0 · NaN is NaN: a mask on the scores is not enough for v.
-    v = v.masked_fill(~seen.any(dim=1)[..., None, None], 0)
+    v = torch.where(seen.any(dim=1)[..., None, None], v, 0)
     kv_heads = k.shape[2]
     mask = seen[:, None].repeat(1, 1, heads // kv_heads, 1)
     out, _ = attend(stack_queries(q, kv_heads), by_head(k), by_head(v), mask, softcap, scale)
@@ -87,18 +87,16 @@ def _read(cache: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _check_indices(slots: Tensor, first: Tensor, max_seqlen: int, rotary: Tensor | None) -> None:
-    if slots.numel() == 0:
-        return
     low, high = int(slots.min()), int(slots.max())
     if low < 0 or high >= max_seqlen:
-        raise RuntimeError(
-            f"decode_attention: cache.seqlens puts tokens into slots {low} to {high}, "
-            f"the cache has slots 0 to {max_seqlen - 1}"
+        raise IndexError(
+            f"decode_attention: cache.seqlens puts the new tokens into slots {low} to {high}, but "
+            f"the cache has {max_seqlen} slots"
         )
     if int(first.min()) < 0:
-        raise RuntimeError(f"decode_attention: cache.start has {int(first.min())}, below 0")
+        raise IndexError(f"decode_attention: cache.start is {int(first.min())}, below 0")
     last = int((slots - first).max())
     if rotary is not None and last >= len(rotary):
-        raise RuntimeError(
-            f"decode_attention: position {last} is outside rotary_cos with {len(rotary)} positions"
+        raise IndexError(
+            f"decode_attention: position {last} is outside rotary_cos, which has {len(rotary)}"
         )

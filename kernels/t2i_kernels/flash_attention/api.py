@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ..checks import check_groups, check_heads, check_indices, check_scores, default_scale
 from ..registry import LIBRARY, Backend, register, register_op, select
 from . import reference
 
@@ -19,7 +19,6 @@ BACKWARD_SCHEMA = (
     "(Tensor dout, Tensor? dlogsumexp, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp,"
     f" {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def flash_attention(
@@ -61,9 +60,9 @@ def flash_attention(
         natural logarithm.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, device or option.
-        RuntimeError: ``cu_seqlens`` that do not cover the rows; the backend asked for cannot run
-            the call.
+        TypeError, ValueError: a wrong type, shape, device or option; ``cu_seqlens`` that do not
+            cover the rows.
+        BackendError: the backend asked for cannot run the call.
     """
     call = _bind(
         q,
@@ -93,58 +92,49 @@ def _bind(
     cu_seqlens_k=None,
     return_lse=False,
 ) -> tuple:
-    if len(window) != 2 or min(window) < -1:
-        raise ValueError(f"window: expected (left, right), each at least -1, got {window}")
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softcap)
+    if len(window) != 2:
+        raise ValueError(f"window: expected (left, right), got {window}")
+    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *window, softcap, scale)
     if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1]) if q.shape[-1] else 1.0
-    return (q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *window, float(softcap), float(scale))
+        scale = default_scale(q)
+    return q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *window, float(softcap), float(scale)
 
 
-def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softcap) -> None:
+def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, left, right, softcap, scale) -> None:
     packed = cu_seqlens_q is not None
-    layout = "[total, heads, head_dim]" if packed else "[batch, length, heads, head_dim]"
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != (3 if packed else 4):
-            raise ValueError(f"{name}: expected {layout}, got {tuple(tensor.shape)}")
-        if tensor.dtype != q.dtype or tensor.dtype not in (*DTYPES, torch.float64):
-            raise TypeError(
-                f"{name}: expected float32, bfloat16, float16 or float64, the same for q, k and v, "
-                f"got {tensor.dtype} beside {q.dtype}"
-            )
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"v: expected {(*k.shape[:-1], 'head_dim')} as k, got {tuple(v.shape)}")
+    if packed != (cu_seqlens_k is not None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k: give both or none")
+    if packed:
+        dim, layout = 3, "[total, heads, head_dim] with cu_seqlens"
+    else:
+        dim, layout = 4, "[batch, length, heads, head_dim] without cu_seqlens"
+    check_heads("q", q, dim, layout, q)
+    check_heads("k", k, dim, layout, q)
+    check_heads("v", v, dim, layout, q)
     if k.shape[-1] != q.shape[-1] or (not packed and k.shape[0] != q.shape[0]):
         raise ValueError(
             f"k: expected the batch and head_dim of q {tuple(q.shape)}, got {tuple(k.shape)}"
         )
-    heads, kv_heads = q.shape[-2], k.shape[-2]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q: {heads} heads are not a multiple of the {kv_heads} of k and v")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}")
-    if packed != (cu_seqlens_k is not None):
-        raise ValueError("cu_seqlens_q and cu_seqlens_k: give both or none")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v: expected k's {tuple(k.shape)} but for the last dimension, got {tuple(v.shape)}"
+        )
+    check_groups(q, k.shape[-2], "k and v")
     if packed:
-        for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
-                raise ValueError(
-                    f"{name}: expected int32 [sequences + 1], got {cu_seqlens.dtype} "
-                    f"{tuple(cu_seqlens.shape)}"
-                )
-        if len(cu_seqlens_q) != len(cu_seqlens_k):
+        check_indices("cu_seqlens_q", cu_seqlens_q, "[sequences + 1]", q)
+        check_indices("cu_seqlens_k", cu_seqlens_k, "[sequences + 1]", q)
+        if cu_seqlens_q.shape != cu_seqlens_k.shape or not len(cu_seqlens_q):
             raise ValueError(
-                f"cu_seqlens_k: expected {len(cu_seqlens_q)} entries as cu_seqlens_q, "
-                f"got {len(cu_seqlens_k)}"
+                "cu_seqlens_q and cu_seqlens_k: expected [sequences + 1] each, got "
+                f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
             )
+    if left < -1 or right < -1:
+        raise ValueError(f"window: expected at least -1, which is all, got {(left, right)}")
+    check_scores(softcap, scale)
 
 
-def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right, softcap, scale):
-    _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softcap)
+def _fake(q, k, v, *options):
+    _check(q, k, v, *options)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     *batch, length, heads, _ = q.shape
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(*batch, heads, length, dtype=dtype)
@@ -171,6 +161,7 @@ def add_backend(name: str, available, supports) -> None:
     torch.library.register_fake(f"t2i::{backward}", _fake_backward, lib=LIBRARY)
     run_backward = getattr(torch.ops.t2i.flash_attention_backward, name)
 
+    @once_differentiable
     def gradient(ctx, dout, dlogsumexp):
         q, k, v, out, logsumexp, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         if dout is None:

@@ -1,39 +1,15 @@
 """flash_attention in plain PyTorch: the formulas, forward and backward, on the whole matrix.
 
-Shapes inside this file: q [B, Hkv, G·Lq, D], k and v [B, Hkv, Lk, D], where the G query heads that
-share a key head are stacked along the queries, so that keys are never repeated.
+Inside this file q is [B, Hkv, G·Lq, D] and k, v are [B, Hkv, Lk, D]: the G query heads that share
+a key head are stacked along the queries, so that keys are never repeated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-
-
-def attention_mask(
-    lq: int, lk: int, causal: bool, window: tuple[int, int], device: torch.device
-) -> Tensor | None:
-    """Which keys each query sees, bool [Lq, Lk]; None is all. Query i stands at key i + Lk − Lq."""
-    left, right = window
-    right = 0 if causal else right
-    if left < 0 and right < 0:
-        return None
-    offset = torch.arange(lk, device=device) - torch.arange(lk - lq, lk, device=device)[:, None]
-    seen = torch.ones_like(offset, dtype=torch.bool)
-    if left >= 0:
-        seen &= offset >= -left
-    if right >= 0:
-        seen &= offset <= right
-    return seen
-
-
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out, logsumexp [B, Hkv, G·Lq]); a row that sees no key has output 0 and logsumexp −inf."""
-    scores = _scores(q, k, mask, softcap, scale)
-    logsumexp = scores.logsumexp(dim=-1)
-    return _probabilities(scores, logsumexp) @ v, logsumexp
 
 
 def flash_attention(
@@ -99,32 +75,54 @@ def flash_attention_backward(
 
 
 def _forward(q, k, v, causal, window, softcap, scale):
-    kv_heads = k.shape[2]
     mask = _stacked_mask(q, k, causal, window)
-    out, logsumexp = attend(
-        stack_queries(q, kv_heads), by_head(k), by_head(v), mask, softcap, scale
-    )
+    qh, kh, vh = stack_queries(q, k.shape[2]), by_head(k), by_head(v)
+    out, logsumexp = attend(qh, kh, vh, mask, softcap, scale)
     return (
         unstack_queries(out, q.shape[2]).to(q.dtype).contiguous(),
         logsumexp.view(q.shape[0], q.shape[2], q.shape[1]),
     )
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, logsumexp [B, Hkv, G·Lq]); a row that sees no key has output 0 and logsumexp −inf.
+
+    ``mask`` is what each query sees, bool, broadcast to [B, Hkv, G·Lq, Lk]; None is all.
+    """
+    scores = _scores(q, k, softcap, scale)
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf)
+    if scores.shape[-1] == 0:
+        return scores @ v, scores.new_full(scores.shape[:-1], -torch.inf)
+    p, largest = scores.softmax(dim=-1), scores.amax(dim=-1)
+    unseeing = (largest == -torch.inf)[..., None]
+    if unseeing.any():  # −inf − −inf is NaN
+        p = torch.where(unseeing, 0, p)
+    return p @ v, largest - p.amax(dim=-1).log()  # the largest p is exp(largest − logsumexp)
+
+
 def _backward(dout, dlogsumexp, q, k, v, out, logsumexp, causal, window, softcap, scale):
-    """Dao 2023 (arXiv 2307.08691), section 3.1.2, and a gradient through the logsumexp: since
-    d lse / d s = p, it subtracts from delta."""
+    """FlashAttention-2 (arXiv 2307.08691), section 2.3.2: P is computed again from the logsumexp.
+    A gradient of the logsumexp itself subtracts from delta, since d lse / d s = p."""
     kv_heads = k.shape[2]
     do, o, qh = (stack_queries(t, kv_heads) for t in (dout, out, q))
     kh, vh = by_head(k), by_head(v)
-    mask = _stacked_mask(q, k, causal, window)
     lse, dlse = (t.reshape(qh.shape[:3]) for t in (logsumexp, dlogsumexp))
-    scores = _scores(qh, kh, mask, softcap, scale)
-    p = _probabilities(scores, lse)
-    delta = (do * o).sum(dim=-1) - dlse
+    unseeing = lse == -torch.inf  # p is 0 there, which 0 · NaN or −inf − −inf would undo
+    lse, dlse = (torch.where(unseeing, 0, t) for t in (lse, dlse))
+
+    scores = _scores(qh, kh, softcap, scale)
+    p = (scores - lse[..., None]).exp_()
+    mask = _stacked_mask(q, k, causal, window)
+    if mask is not None:
+        p = torch.where(mask, p, 0)
     dv = p.mT @ do
+    delta = (do * o).sum(dim=-1) - dlse
     ds = p * (do @ vh.mT - delta[..., None])
-    if softcap > 0:  # d softcap·tanh(x/softcap) = 1 − tanh²; masked scores are −inf, and p is 0
-        ds = ds * (1 - (scores.masked_fill(scores == -torch.inf, 0) / softcap).square())
+    if softcap > 0:  # d c·tanh(x / c) = 1 − tanh²(x / c)
+        ds = ds * (1 - (scores / softcap).square())
     dq, dk = scale * (ds @ kh), scale * (ds.mT @ qh)
     return (
         unstack_queries(dq, q.shape[2]).to(q.dtype).contiguous(),
@@ -133,21 +131,31 @@ def _backward(dout, dlogsumexp, q, k, v, out, logsumexp, causal, window, softcap
     )
 
 
-def _scores(q, k, mask, softcap, scale):
+def _scores(q: Tensor, k: Tensor, softcap: float, scale: float) -> Tensor:
     scores = (q * scale) @ k.mT
-    if softcap > 0:
-        scores = softcap * (scores / softcap).tanh()
-    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-
-
-def _probabilities(scores: Tensor, logsumexp: Tensor) -> Tensor:
-    # −inf − −inf is NaN; a row that sees nothing must give zeros.
-    return (scores - logsumexp.masked_fill(logsumexp == -torch.inf, 0)[..., None]).exp()
+    return softcap * (scores / softcap).tanh() if softcap > 0 else scores
 
 
 def _stacked_mask(q, k, causal, window):
     mask = attention_mask(q.shape[1], k.shape[1], causal, window, q.device)
     return None if mask is None else mask.repeat(q.shape[2] // k.shape[2], 1)
+
+
+def attention_mask(
+    lq: int, lk: int, causal: bool, window: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """Which keys each query sees, bool [Lq, Lk]; None is all. Query i stands at key i + Lk − Lq."""
+    left, right = window
+    right = 0 if causal else right
+    if left < 0 and right < 0:
+        return None
+    offset = torch.arange(lk, device=device) - torch.arange(lk - lq, lk, device=device)[:, None]
+    seen = torch.ones_like(offset, dtype=torch.bool)
+    if left >= 0:
+        seen &= offset >= -left
+    if right >= 0:
+        seen &= offset <= right
+    return seen
 
 
 def by_head(x: Tensor) -> Tensor:
@@ -170,9 +178,11 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _documents(cu_seqlens_q, cu_seqlens_k, total_q, total_k):
-    """The rows of each packed sequence, (queries, keys), as slices; the ends are checked here
-    because reading them is not free on a device."""
+def _documents(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
+) -> Iterator[tuple[slice, slice]]:
+    """The rows of each packed sequence, (queries, keys). The ends are checked here because reading
+    them is not free on a device."""
     ends = []
     for name, cu_seqlens, total in (
         ("cu_seqlens_q", cu_seqlens_q, total_q),
@@ -180,10 +190,9 @@ def _documents(cu_seqlens_q, cu_seqlens_k, total_q, total_k):
     ):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] != total or values != sorted(values):
-            raise RuntimeError(
+            raise ValueError(
                 f"flash_attention: {name} must rise from 0 to {total}, the number of rows, "
                 f"got {values}"
             )
-        ends.append(values)
-    spans = [[slice(a, b) for a, b in zip(e[:-1], e[1:], strict=True)] for e in ends]
-    return zip(*spans, strict=True)
+        ends.append([slice(a, b) for a, b in zip(values[:-1], values[1:], strict=True)])
+    return zip(*ends, strict=True)

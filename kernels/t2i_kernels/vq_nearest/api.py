@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..checks import check_device, check_floating
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
 
@@ -16,7 +17,6 @@ SCHEMA = (
     " -> (Tensor indices, Tensor distance, Tensor counts)"
 )
 METRICS = ("l2", "cosine")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NearestCodes(NamedTuple):
@@ -52,8 +52,9 @@ def vq_nearest(
         Indices int64 [...]; with a ``return_*`` flag ``NearestCodes``, None where not asked for.
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, device or metric.
-        RuntimeError: NaN or infinity in ``z`` or ``codebook``; the backend asked for cannot run it.
+        TypeError, ValueError: a wrong type, shape, device or metric; NaN or infinity in ``z`` or
+            ``codebook``.
+        BackendError: the backend asked for cannot run the call.
     """
     call = _bind(z, codebook, metric, return_distance=return_distance, return_counts=return_counts)
     indices, distance, counts = select("vq_nearest", backend, *call).run(*call)
@@ -78,13 +79,8 @@ def _bind(
 
 
 def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
-    for name, tensor in (("z", z), ("codebook", codebook)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in (*DTYPES, torch.float64):
-            raise TypeError(
-                f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}"
-            )
+    check_floating("z", z)
+    check_floating("codebook", codebook)
     if metric not in METRICS:
         raise ValueError(f"metric: expected 'l2' or 'cosine', got {metric!r}")
     if codebook.dim() != 2:
@@ -94,10 +90,9 @@ def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
             f"z: expected [..., {codebook.shape[1]}] for a codebook {tuple(codebook.shape)}, "
             f"got {tuple(z.shape)}"
         )
-    if z.device != codebook.device:
-        raise ValueError(f"codebook: on {codebook.device}, but z is on {z.device}")
-    if codebook.shape[0] == 0 and z.numel():
-        raise ValueError(f"codebook: has no codes for z {tuple(z.shape)}")
+    check_device("codebook", codebook, "z", z)
+    if codebook.shape[0] == 0 and z.shape[:-1].numel():
+        raise ValueError(f"codebook: {tuple(codebook.shape)} has no codes for z {tuple(z.shape)}")
 
 
 def _fake(z, codebook, metric, return_distance, return_counts):

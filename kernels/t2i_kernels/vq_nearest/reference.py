@@ -5,33 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_SCORES = 1 << 22  # of a chunk of vectors against all codes: 32 MB
+MAX_ELEMENTS = 1 << 22  # of a chunk of vectors beside all codes: 32 MB
 
 
 def vq_nearest(
     z: Tensor, codebook: Tensor, metric: str, return_distance: bool, return_counts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     vectors, codes = z.reshape(-1, z.shape[-1]).double(), codebook.double()
-    for name, values in (("z", vectors), ("codebook", codes)):
-        if not values.isfinite().all():
-            raise RuntimeError(
-                f"vq_nearest: {name} holds NaN or infinite values: no distance is defined"
-            )
+    _check_finite("z", vectors)
+    _check_finite("codebook", codes)
     if metric == "cosine":
         vectors, codes = _unit(vectors), _unit(codes)
-    chunks = vectors.split(max(1, MAX_SCORES // max(1, len(codes))))
+    # Where all codes are equally near, each pair of a chunk is measured at all d terms.
+    chunks = vectors.split(max(1, MAX_ELEMENTS // max(1, codes.numel())))
     found = [_nearest(chunk, codes, metric) for chunk in chunks]
     indices = torch.cat([indices for indices, _ in found])
-    distance = counts = None
+    distance = z.new_empty(0, dtype=torch.float32)
+    counts = indices.new_empty(0)
     if return_distance:
         distance = torch.cat([distance for _, distance in found]).float().view(z.shape[:-1])
     if return_counts:
         counts = torch.bincount(indices, minlength=len(codes))
-    return (
-        indices.view(z.shape[:-1]),
-        z.new_empty(0, dtype=torch.float32) if distance is None else distance,
-        indices.new_empty(0) if counts is None else counts,
-    )
+    return indices.view(z.shape[:-1]), distance, counts
 
 
 def _nearest(vectors: Tensor, codes: Tensor, metric: str) -> tuple[Tensor, Tensor]:
@@ -49,10 +44,11 @@ def _nearest(vectors: Tensor, codes: Tensor, metric: str) -> tuple[Tensor, Tenso
     terms = codes.shape[1] + 2
     magnitude = vectors.square().sum(dim=1, keepdim=True) + norms.max()
     bound = terms * torch.finfo(torch.float64).eps * magnitude
-    near = scores <= scores.amin(dim=1, keepdim=True) + 4 * bound
-    row, code = near.nonzero(as_tuple=True)
+    far = scores > scores.amin(dim=1, keepdim=True) + 4 * bound  # false where fp64 overflows
+    row, code = (~far).nonzero(as_tuple=True)
     a, b = vectors[row], codes[code]
     exact = (a - b).square().sum(dim=1) if metric == "l2" else 2 - 2 * (a * b).sum(dim=1)
+    exact = exact.clamp_min(0)  # 2 − 2 cos of the same direction may round below
     distance = exact.new_full((len(vectors),), torch.inf).scatter_reduce_(0, row, exact, "amin")
     best = exact == distance[row]
     lowest = code.new_full((len(vectors),), len(codes))
@@ -68,3 +64,13 @@ def _unit(vectors: Tensor) -> Tensor:
     vectors = vectors / torch.where(largest > 0, largest, 1)
     norm = vectors.square().sum(dim=-1, keepdim=True).sqrt()
     return vectors / torch.where(norm > 0, norm, 1)
+
+
+def _check_finite(name: str, vectors: Tensor) -> None:
+    finite = vectors.isfinite().all(dim=-1)
+    if not finite.all():
+        row = int(finite.int().argmin())
+        raise ValueError(
+            f"vq_nearest: {name} holds NaN or infinite values, in row {row} of {len(vectors)}: "
+            "no distance is defined"
+        )
