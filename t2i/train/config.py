@@ -157,7 +157,7 @@ class TokenizerTraining:
 @dataclass(frozen=True)
 class TokenData:
     path: str = "data/emoji-tokens"  # written by t2i tokenize
-    tokenizer: str = "runs/tokenizer"  # that wrote them: a run or a model folder; draws the samples
+    tokenizer: str = "runs/tokenizer"  # that wrote them, a run or a model; "": draw no samples
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,9 @@ class Captions:
     """How the caption of a sample varies from epoch to epoch. All are probabilities."""
 
     drop: float = 0.1  # no caption: the model learns the images alone, which guidance needs
-    tags: float = 0.3  # a few tags behind the label
-    no_style: float = 0.1  # the label without the style
+    article: float = 0.1  # "a shark, noto style"
+    tags: float = 0.3  # "shark: fish, sea, noto style"
+    no_style: float = 0.1  # "shark"
 
     def __post_init__(self) -> None:
         names = [f.name for f in dataclasses.fields(self)]
@@ -259,6 +260,15 @@ def updated(config: T, changes: dict[str, Any], where: str = "") -> T:
     Raises:
         ConfigError: naming the key as ``where`` + its path.
     """
+    values = checked(config, changes, where)
+    try:
+        return dataclasses.replace(config, **values)
+    except ConfigError as error:  # of __post_init__, which does not know its section
+        raise ConfigError(f"{where}{error}") from None
+
+
+def checked(config: Any, changes: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """``changes`` as values for the fields of the dataclass ``config``; see ``updated``."""
     hints = typing.get_type_hints(type(config))
     values = {}
     for key, value in changes.items():
@@ -266,15 +276,12 @@ def updated(config: T, changes: dict[str, Any], where: str = "") -> T:
             raise ConfigError(_unknown(key, where, hints))
         current = getattr(config, key)
         if not dataclasses.is_dataclass(current):
-            values[key] = _checked(value, hints[key], where + key)
+            values[key] = _as_type(value, hints[key], where + key)
         elif isinstance(value, dict):
             values[key] = updated(current, value, f"{where}{key}.")
         else:
             raise ConfigError(f"{where}{key}={value!r}: expected a section with keys of its own")
-    try:
-        return dataclasses.replace(config, **values)
-    except ConfigError as error:  # of __post_init__, which does not know its section
-        raise ConfigError(f"{where}{error}") from None
+    return values
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], where: str = "") -> list[str]:
@@ -324,20 +331,20 @@ def _parse_override(text: str) -> dict[str, Any]:
     return parsed
 
 
-def _checked(value: Any, hint: Any, key: str) -> Any:
+def _as_type(value: Any, hint: Any, key: str) -> Any:
     """``value`` as the type ``hint`` says."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         (hint,) = (arg for arg in args if arg is not type(None))
-        return _checked(value, hint, key)
+        return _as_type(value, hint, key)
     if origin is tuple and isinstance(value, (list, tuple)):
         if args[-1] is Ellipsis:
             args = args[:1] * len(value)
         if len(args) == len(value):
             return tuple(
-                _checked(item, arg, f"{key}[{i}]")
+                _as_type(item, arg, f"{key}[{i}]")
                 for i, (item, arg) in enumerate(zip(value, args, strict=True))
             )
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from .distributed import rank, world_size
+
 _ORDER, _SAMPLE = 1, 2  # keep the streams of random numbers apart
 
 
@@ -52,6 +54,21 @@ class DataOrder:
             rng = np.random.default_rng((_ORDER, self.seed, epoch))
             self._epoch, self._permutation = epoch, rng.permutation(self.indices)
         return self._permutation
+
+
+def local_batch(
+    order: DataOrder, position: int, batch_size: int
+) -> tuple[np.ndarray, list[np.random.Generator]]:
+    """This rank's part of the batch at ``position``, and the generator of each of its samples.
+
+    Raises:
+        ValueError: the batch cannot be split evenly.
+    """
+    if batch_size % world_size():
+        raise ValueError(f"optim.batch_size={batch_size}: expected a multiple of {world_size()}")
+    share = batch_size // world_size()
+    samples, epochs = order(position + rank() * share, share)
+    return samples, order.generators(samples, epochs)
 
 
 def augmented(

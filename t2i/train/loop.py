@@ -31,11 +31,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from t2i.grid import save_image
+
 from .checkpoint import Checkpoint, load_latest, rng_state, save_checkpoint, set_rng_state
 from .config import Run, differences
 from .distributed import any_rank, gather, mean_over_ranks, rank
 
 CHECKPOINTS = "checkpoints"
+
+
+def holds_run(path: str | Path) -> bool:
+    """Whether the folder holds a checkpoint, intact or not."""
+    return any(Path(path, CHECKPOINTS).glob("step-*"))
 
 
 def load_run(path: str | Path) -> Checkpoint:
@@ -66,8 +73,9 @@ class Task(Protocol):
     def evaluate(self) -> dict[str, float]:
         """Metrics on data that is not trained on. Draws nothing from the generators."""
 
-    def draw(self) -> Image.Image:
-        """A picture of how far the model is. Draws nothing from the generators."""
+    def draw(self) -> Image.Image | None:
+        """A picture of how far the model is, if there is any. Draws nothing from the
+        generators."""
 
 
 @dataclass(frozen=True)
@@ -103,77 +111,73 @@ def train(
         FloatingPointError: a metric became infinite or NaN; the last checkpoint is from before.
         CorruptCheckpoint: every checkpoint is damaged.
     """
-    folder, started = Path(run.folder), time.monotonic()
-    console = console or Console(quiet=rank() != 0)
-    checkpoints = folder / CHECKPOINTS
+    folder = Path(run.folder)
+    console = console or Console(quiet=rank() != 0, soft_wrap=True, highlight=False)
     with _only_process(folder), Stop() as stop:
-        means = Means(task.device)
+        means, clock = Means(task.device), Clock(run)
         step, position = 0, 0
-        if checkpoints.exists() and any(checkpoints.glob("step-*")):
+        if holds_run(folder):
             if not resume:
                 raise FileExistsError(
                     f"{folder} holds a run already: continue it with --resume, or choose another "
                     "run.folder"
                 )
-            step, position = _restore(task, means, checkpoints, config, console)
-        log = Log(folder, step, run.steps, console)
-        saved_at, saved_step = time.monotonic(), step
-
-        with log:
+            step, position = _restore(task, means, folder, config, console)
+        with Log(folder, step, run.steps, console) as log:
             while step < run.steps:
-                begun = time.perf_counter()
+                began = time.perf_counter()
                 metrics = task.step(step, position)
                 step, position = step + 1, position + task.batch_size
                 means.add(metrics)
-                log.advance(step, time.perf_counter() - begun)
+                log.advance(step, time.perf_counter() - began)
+                _report(task, run, means, log, step)
 
-                last = step == run.steps
-                if last or step % run.log_every == 0:
-                    log.write(step, "train", means.take(), **log.take_timing())
-                if last or step % run.evaluate_every == 0:
-                    if rank() == 0:
-                        log.write(step, "held-out", task.evaluate())
-                if last or step % run.draw_every == 0:
-                    if rank() == 0:
-                        _save_image(task.draw(), folder / "samples" / f"step-{step:08d}.png")
-
-                now = time.monotonic()
-                hours, minutes = (now - started) / 3600, (now - saved_at) / 60
-                stopping, out_of_time, due = any_rank(
-                    [
-                        stop.requested is not None,
-                        0 < run.max_hours <= hours,
-                        0 < run.checkpoint_minutes <= minutes,
-                    ],
+                stopping, late, due = any_rank(
+                    [stop.requested is not None, clock.out_of_time(), clock.checkpoint_due()],
                     task.device,
                 )
-                due = due or last or step % run.checkpoint_every == 0
-                if due or stopping or out_of_time:
-                    _check_finite(step, metrics)
-                    _save(task, means, checkpoints, config, step, position, run.keep)
-                    saved_at, saved_step = time.monotonic(), step
-                if (stopping or out_of_time) and not last:
-                    reason = stop.requested or (
-                        "another rank" if stopping else f"run.max_hours={run.max_hours:g}"
-                    )
+                last = step == run.steps
+                if due or stopping or late or last or step % run.checkpoint_every == 0:
+                    _check_finite(step, {name: m.item() for name, m in metrics.items()})
+                    _save(task, means, run, config, step, position)
+                    clock.saved()
+                if (stopping or late) and not last:
+                    reason = stop.requested or ("run.max_hours" if late else "another rank")
                     console.print(
-                        f"stopped by {reason} after step {step} of {run.steps}; its checkpoint is "
-                        f"in {checkpoints}. Continue with: {resume_command}",
-                        highlight=False,
+                        f"stopped by {reason} after step {step} of {run.steps}, with a checkpoint "
+                        f"in {folder}. Continue with: {resume_command}"
                     )
                     return Outcome(step, reason)
-        console.print(f"finished: {saved_step} steps in {folder}", highlight=False)
+        console.print(f"finished: {step} steps in {folder}")
         return Outcome(step)
 
 
+def _report(task: Task, run: Run, means: Means, log: Log, step: int) -> None:
+    """Metrics, evaluation and pictures, each at its interval and after the last step."""
+
+    def due(interval: int) -> bool:
+        return step % interval == 0 or step == run.steps
+
+    if due(run.log_every):
+        metrics = means.take()
+        _check_finite(step, metrics)
+        log.write(step, "train", metrics, seconds_per_step=log.take_seconds())
+    if rank() == 0 and due(run.evaluate_every):
+        log.write(step, "evaluation", task.evaluate())
+    if rank() == 0 and due(run.draw_every):
+        picture = task.draw()
+        if picture is not None:
+            save_image(picture, Path(run.folder, "samples", f"step-{step:08d}.png"))
+
+
 def _restore(
-    task: Task, means: Means, checkpoints: Path, config: dict[str, Any], console: Console
+    task: Task, means: Means, folder: Path, config: dict[str, Any], console: Console
 ) -> tuple[int, int]:
     """Bring everything back to the newest intact checkpoint; returns its (step, position)."""
-    path, checkpoint = load_latest(checkpoints, report=lambda line: console.print(line))
-    console.print(f"resuming from {path}", highlight=False)
+    path, checkpoint = load_latest(folder / CHECKPOINTS, report=console.print)
+    console.print(f"resuming from {path}")
     for line in differences(checkpoint.config, json.loads(json.dumps(config))):
-        console.print(f"  changed since: {line}", highlight=False)
+        console.print(f"  changed since: {line}")
     for name, module in task.modules.items():
         module.load_state_dict(checkpoint.weights[name])
     for name, optimizer in task.optimizers.items():
@@ -186,24 +190,19 @@ def _restore(
 
 
 def _save(
-    task: Task,
-    means: Means,
-    folder: Path,
-    config: dict[str, Any],
-    step: int,
-    position: int,
-    keep: int,
+    task: Task, means: Means, run: Run, config: dict[str, Any], step: int, position: int
 ) -> None:
-    generators, sums = gather(rng_state(task.device)), means.state_dict()
+    generators = gather(rng_state(task.device))
     if rank() != 0:
         return
     state = {
         "optimizers": {name: o.state_dict() for name, o in task.optimizers.items()},
+        "means": means.state_dict(),
         "rng": generators,
-        "means": sums,
     }
     weights = {name: module.state_dict() for name, module in task.modules.items()}
-    save_checkpoint(folder, Checkpoint(step, position, weights, state, config), keep)
+    checkpoint = Checkpoint(step, position, weights, state, config)
+    save_checkpoint(Path(run.folder, CHECKPOINTS), checkpoint, run.keep)
 
 
 class Means:
@@ -280,23 +279,39 @@ class Log:
             self.bar.refresh()
             self.drawn = time.monotonic()
 
-    def take_timing(self) -> dict[str, float]:
+    def take_seconds(self) -> float:
         """Seconds a step since the last call, evaluation and checkpoints left out."""
-        timing = {"seconds_per_step": self.seconds / max(1, self.timed)}
-        self.seconds, self.timed = 0.0, 0
-        return timing
+        seconds, self.seconds, self.timed = self.seconds / max(1, self.timed), 0.0, 0
+        return seconds
 
     def write(self, step: int, split: str, metrics: dict[str, float], **timing: float) -> None:
         if rank() != 0:
             return
-        line = {"step": step, "split": split, **metrics, **timing}
+        metrics = {**metrics, **timing}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         if self.board is not None:
-            for name, value in {**metrics, **timing}.items():
+            for name, value in metrics.items():
                 self.board.add_scalar(f"{split}/{name}", value, step)
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in {**metrics, **timing}.items())
-        self.console.print(f"{step}/{self.steps} {split}: {numbers}", highlight=False, soft_wrap=True)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self.console.print(f"{step}/{self.steps} {split}: {numbers}")
+
+
+class Clock:
+    """The two limits of a run in real time."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.start = self.last = time.monotonic()
+
+    def out_of_time(self) -> bool:
+        return 0 < self.run.max_hours <= (time.monotonic() - self.start) / 3600
+
+    def checkpoint_due(self) -> bool:
+        return 0 < self.run.checkpoint_minutes <= (time.monotonic() - self.last) / 60
+
+    def saved(self) -> None:
+        self.last = time.monotonic()
 
 
 class Stop:
@@ -363,18 +378,11 @@ def _tensorboard(folder: Path, step: int, console: Console) -> Any | None:
     return SummaryWriter(folder, purge_step=step + 1)
 
 
-def _check_finite(step: int, metrics: dict[str, Tensor]) -> None:
-    """Infinity and NaN spread to the weights and stay: seen in any step, and never saved."""
+def _check_finite(step: int, metrics: dict[str, float]) -> None:
+    """Infinity and NaN spread to the weights and stay there: seen in any later step."""
     for name, value in metrics.items():
-        if not math.isfinite(value.item()):
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} is {value.item()} at step {step}; nothing was saved since the last "
-                "checkpoint. Lower optim.lr, or clip harder (optim.grad_clip)"
+                f"{name} is {value} at step {step}; nothing was saved since the last checkpoint. "
+                "Lower optim.lr, or clip harder (optim.grad_clip)"
             )
-
-
-def _save_image(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    image.save(part, format="PNG")
-    os.replace(part, path)

@@ -50,6 +50,11 @@ def apply_gradients(
     return norm
 
 
+def mean_metrics(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The metrics of a step from those of its micro-batches."""
+    return {name: torch.stack([p[name].detach() for p in parts]).mean() for name in parts[0]}
+
+
 class Ema:
     """A running mean of a model's weights (Polyak averaging), which is what gets evaluated.
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from t2i.data import ImageTextDataset
 from t2i.data.tokens import to_float
 from t2i.grid import draw_grid
-from t2i.tokenizer import TOKENIZER_CONFIGS, build_tokenizer
+from t2i.tokenizer import TOKENIZER_CONFIGS, build_tokenizer, load_tokenizer
 
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
 from .config import TokenizerTraining, updated
-from .data import DataOrder, augmented, spread
-from .distributed import local_device, process_group, rank, world_size
-from .loop import Outcome, load_run, train
-from .optim import Ema, adamw, apply_gradients, learning_rate
+from .data import DataOrder, augmented, local_batch, spread
+from .distributed import local_device, process_group, rank
+from .loop import Outcome, holds_run, load_run, train
+from .optim import Ema, adamw, apply_gradients, learning_rate, mean_metrics
 from .perceptual import PerceptualLoss
 from .precision import autocast
 
@@ -39,11 +39,17 @@ def train_tokenizer(config: TokenizerTraining, **options: Any) -> Outcome:
         return train(task, config.run, dataclasses.asdict(config), **options)
 
 
-def load_trained_tokenizer(path: str | Path) -> nn.Module:
-    """The averaged weights of a run, from its newest intact checkpoint: fp32, on the CPU."""
+def load_image_tokenizer(path: str | Path) -> nn.Module:
+    """A tokenizer in fp32 on the CPU: the averaged weights in the newest intact checkpoint of a
+    run, or what ``t2i.tokenizer.save_tokenizer`` wrote.
+
+    Raises:
+        FileNotFoundError: neither is at ``path``.
+    """
+    if not holds_run(path):
+        return load_tokenizer(path)
     checkpoint = load_run(path)
-    config = updated(TokenizerTraining(), checkpoint.config)
-    tokenizer = _build(config)
+    tokenizer = _build(updated(TokenizerTraining(), checkpoint.config))
     tokenizer.load_state_dict(checkpoint.weights["ema"])
     return tokenizer.eval()
 
@@ -87,16 +93,15 @@ class TokenizerTask:
     def step(self, step: int, position: int) -> dict[str, Tensor]:
         optim = self.config.optim
         self.tokenizer.train()
-        for images in self._micro_batches(position):
-            reconstruction, metrics = self._backward(images, step)
-            if "gan" in metrics:
-                metrics["discriminator"] = self._discriminate(images, reconstruction)
+        metrics = mean_metrics(
+            [self._backward(images, step) for images in self._micro_batches(position)]
+        )
         lr = learning_rate(optim, step, self.config.run.steps)
         metrics["grad_norm"] = apply_gradients(
             self.parameters, self.optimizers["model"], lr, optim.grad_clip
         )
         metrics["lr"] = torch.tensor(lr)
-        if "gan" in metrics:
+        if "discriminator" in metrics:
             apply_gradients(
                 list(self.discriminator.parameters()),
                 self.optimizers["discriminator"],
@@ -106,43 +111,47 @@ class TokenizerTask:
         self.ema.update(self.tokenizer, step)
         return metrics
 
-    def _micro_batches(self, position: int) -> list[Tensor]:
-        """This rank's images of the batch at ``position``, in ``accumulate`` parts."""
+    def _micro_batches(self, position: int) -> tuple[Tensor, ...]:
         data, optim = self.config.data, self.config.optim
-        share = optim.batch_size // world_size()
-        samples, epochs = self.order(position + rank() * share, share)
-        generators = self.order.generators(samples, epochs)
+        samples, generators = local_batch(self.order, position, optim.batch_size)
         images = augmented(self.images[samples], generators, flip=data.flip, shift=data.shift)
-        return list(self._to_float(images).chunk(optim.accumulate))
+        return self._to_float(images).chunk(optim.accumulate)
 
     def _to_float(self, images: np.ndarray) -> Tensor:
         return to_float(torch.from_numpy(images).to(self.device))
 
-    def _backward(self, images: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Add the gradient of all losses of one micro-batch to the tokenizer's.
+    def _backward(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        """Add the gradient of all losses on one micro-batch to the tokenizer's.
 
-        The losses on pixels are differentiated down to the reconstruction first. Their gradients
-        there are images: the adversarial one is scaled, both are added, and one pass through the
-        decoder serves all.
+        The losses on pixels are differentiated down to the reconstruction first, where their
+        gradients are images: the adversarial one is scaled, both are added, and one pass through
+        the decoder serves all.
         """
-        loss = self.config.loss
-        with autocast(self.device, self.config.run.precision):
+        config = self.config
+        share = 1 / config.optim.accumulate
+        with autocast(self.device, config.run.precision):
             reconstruction, vq = self.tokenizer(images)
         leaf = reconstruction.detach().float().requires_grad_()
         quality, metrics = self._quality(leaf, images, step)
         (gradient,) = torch.autograd.grad(quality, leaf)
-        if self.discriminator is not None and step >= loss.gan_from * self.config.run.steps:
+        if self.discriminator is not None and self._reached(config.loss.gan_from, step):
             adversarial = -self.discriminator(leaf).mean()
             (direction,) = torch.autograd.grad(adversarial, leaf)
-            weight = loss.gan * self._balance(reconstruction, gradient, direction)
+            weight = config.loss.gan * self._balance(reconstruction, gradient, direction)
             gradient = gradient + weight * direction
-            metrics |= {"gan": adversarial, "gan_weight": weight}
-        share = 1 / self.config.optim.accumulate
+            verdict = discriminator_loss(
+                self.discriminator(images), self.discriminator(leaf.detach())
+            )
+            (share * verdict).backward()
+            metrics |= {"gan": adversarial, "gan_weight": weight, "discriminator": verdict}
         torch.autograd.backward(
             [reconstruction, vq.loss],
             [(share * gradient).to(reconstruction.dtype), vq.loss.new_tensor(share)],
         )
-        return leaf.detach(), {**metrics, "vq": vq.loss}
+        return {**metrics, "vq": vq.loss}
+
+    def _reached(self, share: float, step: int) -> bool:
+        return step >= share * self.config.run.steps
 
     def _quality(self, images: Tensor, target: Tensor, step: int) -> tuple[Tensor, dict]:
         """The weighted loss on pixels and features, and its terms."""
@@ -152,7 +161,7 @@ class TokenizerTask:
         if loss.l1:
             metrics["l1"] = F.l1_loss(images, target)
             total = total + loss.l1 * metrics["l1"]
-        if self.perceptual is not None and step >= loss.perceptual_from * self.config.run.steps:
+        if self.perceptual is not None and self._reached(loss.perceptual_from, step):
             with autocast(self.device, self.config.run.precision):
                 metrics["perceptual"] = self.perceptual(images, target)
             total = total + loss.perceptual * metrics["perceptual"]
@@ -167,12 +176,6 @@ class TokenizerTask:
         )
         return adaptive_weight(*at_last_layer)
 
-    def _discriminate(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Add the discriminator's gradient of one micro-batch."""
-        loss = discriminator_loss(self.discriminator(real), self.discriminator(fake))
-        (loss / self.config.optim.accumulate).backward()
-        return loss
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """PSNR (dB) of the averaged weights on images as they are, and the share of codes in use:
@@ -186,7 +189,7 @@ class TokenizerTask:
                 images = self._to_float(self.images[part])
                 reconstruction, vq = self.ema.module(images)
                 error = (reconstruction.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
-                psnr.append(10 * torch.log10(4 / error))  # the range of a pixel is 2
+                psnr.append(10 * torch.log10(4 / error.clamp_min(1e-10)))  # a pixel's range is 2
                 used.append(vq.indices.flatten())
             metrics[f"psnr_{split}"] = torch.cat(psnr).mean().item()
         quantizer = self.tokenizer.quantizer
@@ -205,12 +208,11 @@ class TokenizerTask:
         images = self._to_float(self.images[rows])
         reconstruction, _ = self.ema.module(images)
         columns = min(12, len(rows))
+        blank = Image.new("RGB", images.shape[:1:-1], "white")
         pictures = []
         for i in range(0, len(rows), columns):
-            pictures += _pictures(images[i : i + columns])
-            pictures += _pictures(reconstruction[i : i + columns])
-            blank = Image.new("RGB", pictures[0].size, "white")
-            pictures += [blank] * (-len(pictures) % columns)
+            for line in (images[i : i + columns], reconstruction[i : i + columns]):
+                pictures += [*_pictures(line), *[blank] * (columns - len(line))]
         return draw_grid(pictures, columns=columns)
 
 
