@@ -26,6 +26,10 @@ from .files import concatenate, finish, read_info, read_jsonl, write_array, writ
 PART = 256  # pictures
 
 
+class Rejected(ValueError):
+    """A picture that cannot be used; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A picture to be: its name for messages, its line of ``pairs.jsonl``, where it comes from."""
@@ -133,6 +137,8 @@ def _part(name, entries, draw, size, pool) -> tuple[np.ndarray, list[str | None]
 def _attempt(draw, source, size) -> tuple[np.ndarray | None, str | None]:
     try:
         image = draw(source)
+    except Rejected as error:
+        return None, str(error)
     except Exception as error:  # decoders raise all kinds; none may end the build
         return None, f"{type(error).__name__}: {error}"
     assert image.mode == "RGB" and image.size == (size, size)
