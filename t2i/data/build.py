@@ -21,7 +21,15 @@ import numpy as np
 from PIL import Image
 
 from .dataset import FORMAT_VERSION, SPLITS
-from .files import concatenate, finish, read_info, read_jsonl, write_array, write_jsonl
+from .files import (
+    concatenate,
+    damaged_files,
+    finish,
+    read_info,
+    read_jsonl,
+    write_array,
+    write_jsonl,
+)
 
 PART = 256  # pictures
 
@@ -65,7 +73,7 @@ def build_dataset(
     progress: bool = True,
     report: Callable[[str], None] = print,
 ) -> Summary:
-    """Write the dataset folder ``path``; at once if it is there already.
+    """Write the dataset folder ``path``, unless it is there already and intact.
 
     Args:
         draw: source -> RGB picture of ``size`` pixels a side. Whatever it raises rejects the
@@ -82,18 +90,21 @@ def build_dataset(
     key = _key([info, inputs, [entry.pair for entry in entries], list(rejected)])
     with contextlib.suppress(FileNotFoundError):
         old = read_info(path, "dataset.json", FORMAT_VERSION, verify=False)
-        if old.get("inputs_sha256") == key:
-            return Summary(old["images"], read_jsonl(path / "rejected.jsonl"), built=False)
         if old["name"] != info["name"]:
             raise FileExistsError(
                 f"{path} holds the dataset {old['name']!r}: delete it, or name another folder"
             )
+        if old["inputs_sha256"] == key and not damaged_files(path, old):
+            return Summary(old["images"], read_jsonl(path / "rejected.jsonl"), built=False)
     for entry in rejected:
         report(f"rejected {entry['file']}: {entry['reason']}")
     parts = path / f"parts-{key[:16]}"
     parts.mkdir(parents=True, exist_ok=True)
     rejected, pairs, images = list(rejected), [], []
-    with ThreadPoolExecutor(_cores()) as pool, _bar(progress, info["name"], len(entries)) as step:
+    with (
+        ThreadPoolExecutor(_cores()) as pool,
+        progress_bar(progress, info["name"], len(entries)) as advance,
+    ):
         for start in range(0, len(entries), PART):
             part = entries[start : start + PART]
             drawn, reasons = _part(parts / f"{start:08d}", part, draw, size, pool)
@@ -104,7 +115,7 @@ def build_dataset(
                     rejected.append({"file": entry.name, "reason": reason})
                     report(f"rejected {entry.name}: {reason}")
             images.append(drawn)
-            step(len(part))
+            advance(len(part))
     if not pairs:
         raise ValueError(f"{path}: no usable picture among {len(rejected)}, see the reasons above")
     # From here on the folder is in neither state; without its description it counts as unfinished.
@@ -157,10 +168,11 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _bar(show: bool, name: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(show: bool, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar; the function it gives is told how many more are done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task(f"drawing {name}", total=total)
+        task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)

@@ -79,11 +79,21 @@ def read_info(path: Path, name: str, version: int, *, verify: bool) -> dict:
         raise ValueError(
             f"{path / name}: format version {info.get('format_version')}, expected {version}"
         )
-    if verify:
-        for file, expected in info["sha256"].items():
-            if sha256(path / file) != expected:
-                raise ValueError(f"{path / file} does not match its checksum in {name}")
+    damaged = damaged_files(path, info) if verify else []
+    if damaged:
+        raise ValueError(
+            f"{path}: {', '.join(damaged)} missing or not matching the checksum in {name}"
+        )
     return info
+
+
+def damaged_files(path: Path, info: dict) -> list[str]:
+    """Names of the files of a folder that are missing or are not those described."""
+    return [
+        file
+        for file, expected in info["sha256"].items()
+        if not (path / file).exists() or sha256(path / file) != expected
+    ]
 
 
 def _part(path: Path) -> Path:

@@ -6,6 +6,7 @@ A folder: ``tokens.npy`` uint16 or uint32 [N, views, T], ``pairs.jsonl`` as in t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -13,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .dataset import ImageTextDataset
-from .files import finish, read_info, read_jsonl, write_array, write_jsonl
+from .build import progress_bar
+from .dataset import ImageTextDataset, rows_of
+from .files import concatenate, finish, read_info, read_jsonl, write_array, write_jsonl
 
 FORMAT_VERSION = 1
 MAX_SHIFT = 3  # pixels, of the views behind the first
+PART = 1024  # pictures; what an interrupted call may lose
 
 
 class TokenDataset:
@@ -41,9 +44,9 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def rows(self, split: str) -> np.ndarray:
-        """Indices of the pairs of a split."""
-        return np.array([i for i, p in enumerate(self.pairs) if p["split"] == split], np.int64)
+    def rows(self, split: str | None = None) -> np.ndarray:
+        """Indices int64 of the pairs of a split; of all by default."""
+        return rows_of(self.pairs, split)
 
 
 def tokenize_dataset(
@@ -52,9 +55,10 @@ def tokenize_dataset(
     out: str | Path,
     *,
     views: int = 1,
+    flip: bool = False,
     batch_size: int = 64,
     progress: bool = True,
-) -> None:
+) -> bool:
     """Write the tokens of every picture of a dataset; goes on where an earlier call stopped.
 
     Args:
@@ -64,38 +68,62 @@ def tokenize_dataset(
         views: token sequences a picture. The first is the picture as it is; the others are shifted
             by up to 3 pixels, a fixed way each, the edge repeated. One picture then has several
             spellings, which keeps a language model from learning one by heart.
+        flip: the mirror image of each view as well, behind the views. Captions that name a side,
+            and pictures of letters, then lie.
         batch_size: pictures encoded together.
+
+    Returns:
+        False if ``out`` holds these tokens already.
 
     Raises:
         ValueError: ``views`` below 1, or pictures whose size the tokenizer does not divide.
+        FileExistsError: ``out`` holds a dataset of pictures.
     """
     if views < 1:
         raise ValueError(f"views={views}: expected at least 1")
     data, out = ImageTextDataset(dataset), Path(out)
-    checksum = tokenizer_checksum(tokenizer)
-    # A part belongs to one tokenizer and one dataset; others start anew.
-    parts = out / f"parts-{checksum[:12]}-{data.checksum[:12]}"
-    parts.mkdir(parents=True, exist_ok=True)
-    dtype = np.uint16 if tokenizer.num_codes <= 1 << 16 else np.uint32
-    for view in range(views):
-        file = parts / f"{view}.npy"
-        if not file.exists():
-            write_array(file, _encode(data, tokenizer, view, batch_size, progress).astype(dtype))
-    write_array(
-        out / "tokens.npy", np.stack([np.load(parts / f"{v}.npy") for v in range(views)], 1)
-    )
-    write_jsonl(out / "pairs.jsonl", data.pairs)
+    if data.image_size % tokenizer.downsampling:
+        raise ValueError(
+            f"{dataset}: pictures of {data.image_size} pixels, the tokenizer needs a multiple of "
+            f"{tokenizer.downsampling}"
+        )
+    if (out / "dataset.json").exists():
+        raise FileExistsError(f"{out} holds a dataset of pictures: name another folder")
     side = data.image_size // tokenizer.downsampling
     info = {
         "grid": [side, side],
         "image_size": data.image_size,
         "views": views,
+        "flip": flip,
         "num_codes": tokenizer.num_codes,
-        "tokenizer_sha256": checksum,
+        "tokenizer_sha256": tokenizer_checksum(tokenizer),
         "dataset_sha256": data.checksum,
     }
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        old = read_info(out, "tokens.json", FORMAT_VERSION, verify=True)
+        pairs = data.info["sha256"]["pairs.jsonl"]
+        if {**old, **info} == old and old["sha256"]["pairs.jsonl"] == pairs:
+            return False
+    # A part belongs to one tokenizer and one dataset; others start anew.
+    parts = out / f"parts-{info['tokenizer_sha256'][:12]}-{data.checksum[:12]}-{views}{'f' * flip}"
+    parts.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint16 if tokenizer.num_codes <= 1 << 16 else np.uint32
+    tokens = []
+    with progress_bar(progress, "tokens", len(data)) as advance:
+        for start in range(0, len(data), PART):
+            rows = range(start, min(start + PART, len(data)))
+            file = parts / f"{start:08d}.npy"
+            if not file.exists():
+                write_array(file, _encode(data, rows, tokenizer, views, flip, batch_size, dtype))
+            tokens.append(np.load(file, mmap_mode="r"))
+            advance(len(rows))
+    (out / "tokens.json").unlink(missing_ok=True)
+    concatenate(out / "tokens.npy", tokens)
+    write_jsonl(out / "pairs.jsonl", data.pairs)
     finish(out, "tokens.json", info, ["tokens.npy", "pairs.jsonl"], FORMAT_VERSION)
-    shutil.rmtree(parts)
+    for leftover in out.glob("parts-*"):
+        shutil.rmtree(leftover)
+    return True
 
 
 def tokenizer_checksum(tokenizer: torch.nn.Module) -> str:
@@ -108,18 +136,21 @@ def tokenizer_checksum(tokenizer: torch.nn.Module) -> str:
 
 
 @torch.inference_mode()
-def _encode(data, tokenizer, view, batch_size, progress) -> np.ndarray:
-    from rich.progress import track
-
+def _encode(data, rows, tokenizer, views, flip, batch_size, dtype) -> np.ndarray:
+    """Tokens [rows, views, T]."""
     device = next(tokenizer.parameters()).device
-    codes = []
-    starts = range(0, len(data.pairs), batch_size)
-    for start in track(starts, f"view {view}", disable=not progress, transient=True):
-        rows = range(start, min(start + batch_size, len(data.pairs)))
-        images = np.stack([shifted(data.images[row], row, view) for row in rows])
-        pixels = to_float(torch.from_numpy(images).to(device))
-        codes.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
-    return np.concatenate(codes)
+    sequences = []
+    for mirrored in (False, True)[: 1 + flip]:
+        for view in range(views):
+            codes = []
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                images = np.stack([shifted(data.images[row], row, view) for row in batch])
+                images = images[:, :, ::-1].copy() if mirrored else images
+                pixels = to_float(torch.from_numpy(images).to(device))
+                codes.append(tokenizer.encode(pixels).flatten(1).cpu().numpy())
+            sequences.append(np.concatenate(codes))
+    return np.stack(sequences, axis=1).astype(dtype)
 
 
 def shifted(image: np.ndarray, row: int, view: int) -> np.ndarray:
