@@ -248,10 +248,10 @@ def load_config(base: T, path: str | Path | None = None, overrides: Sequence[str
         FileNotFoundError: no file at ``path``.
         ConfigError: not TOML or YAML, an unknown key, or a value of the wrong type or range.
     """
-    config = base if path is None else updated(base, _read(Path(path)))
+    changes = {} if path is None else _read(Path(path))
     for override in overrides:
-        config = updated(config, _parse_override(override))
-    return config
+        changes = _merged(changes, _parse_override(override))
+    return updated(base, changes)
 
 
 def updated(config: T, changes: dict[str, Any], where: str = "") -> T:
@@ -331,6 +331,16 @@ def _parse_override(text: str) -> dict[str, Any]:
     return parsed
 
 
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries joined; where both have a value, the new one."""
+    both = {
+        key: _merged(old[key], value)
+        for key, value in new.items()
+        if isinstance(value, dict) and isinstance(old.get(key), dict)
+    }
+    return {**old, **new, **both}
+
+
 def _as_type(value: Any, hint: Any, key: str) -> Any:
     """``value`` as the type ``hint`` says."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -356,7 +366,7 @@ def _as_type(value: Any, hint: Any, key: str) -> Any:
 
 
 def _unknown(key: str, where: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if near:
         return f"no key {where}{key}: did you mean {where}{near[0]}?"
     return f"no key {where}{key}: {where[:-1] or 'the configuration'} has {', '.join(known)}"

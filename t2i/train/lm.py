@@ -47,15 +47,16 @@ def train_lm(config: LMTraining, **options: Any) -> Outcome:
         return train(task, config.run, dataclasses.asdict(config), **options)
 
 
-def load_trained_lm(path: str | Path) -> tuple[TransformerLM, TextTokenizer, tuple[int, int]]:
+def load_trained_lm(path: str | Path) -> tuple[TransformerLM, TextTokenizer, dict[str, Any]]:
     """What a run has trained: the averaged weights of its newest intact checkpoint (fp32, on the
-    CPU), its text tokenizer, and the (height, width) of its images."""
+    CPU), its text tokenizer, and what it says about the images: their ``image_size`` (height,
+    width) and the ``tokenizer_sha256`` of what turned them into tokens."""
     checkpoint, path = load_run(path), Path(path)
     model = json.loads((path / MODEL).read_text())
     lm = TransformerLM(LMConfig.from_dict(model["lm"]))
     lm.load_state_dict(checkpoint.weights["ema"])
     text = TextTokenizer.from_file(path / TEXT_TOKENIZER)
-    return lm.eval(), text, tuple(model["image_size"])
+    return lm.eval(), text, model
 
 
 class LMTask:
@@ -225,7 +226,11 @@ class LMTask:
         folder, size = Path(self.config.run.folder), self.data.info["image_size"]
         folder.mkdir(parents=True, exist_ok=True)
         self.text.save(folder / TEXT_TOKENIZER)
-        model = {"lm": self.lm.config.to_dict(), "image_size": [size, size]}
+        model = {
+            "lm": self.lm.config.to_dict(),
+            "image_size": [size, size],
+            "tokenizer_sha256": self.data.info["tokenizer_sha256"],
+        }
         (folder / MODEL).write_text(json.dumps(model, indent=2) + "\n")
 
 

@@ -39,15 +39,17 @@ def train_tokenizer(config: TokenizerTraining, **options: Any) -> Outcome:
         return train(task, config.run, dataclasses.asdict(config), **options)
 
 
-def load_image_tokenizer(path: str | Path) -> nn.Module:
+def load_image_tokenizer(path: str | Path, name: str | None = None) -> nn.Module:
     """A tokenizer in fp32 on the CPU: the averaged weights in the newest intact checkpoint of a
-    run, or what ``t2i.tokenizer.save_tokenizer`` wrote.
+    run, or what ``t2i.tokenizer.load_tokenizer`` reads; ``name`` is for that.
 
     Raises:
-        FileNotFoundError: neither is at ``path``.
+        FileNotFoundError: nothing at ``path``.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no image tokenizer at {path}")
     if not holds_run(path):
-        return load_tokenizer(path)
+        return load_tokenizer(path, name)
     checkpoint = load_run(path)
     tokenizer = _build(updated(TokenizerTraining(), checkpoint.config))
     tokenizer.load_state_dict(checkpoint.weights["ema"])

@@ -1,0 +1,261 @@
+"""The command line. What a command needs is imported when it runs: ``t2i --help`` is quick."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from t2i.pipeline import T2I
+    from t2i.train.loop import Outcome
+
+OUT_OF_TIME = 75  # exit status of a run that max_hours ended: EX_TEMPFAIL, "try again later"
+
+app = typer.Typer(
+    help="Train and sample auto-regressive text-to-image models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Make a dataset.", no_args_is_help=True)
+train = typer.Typer(
+    help="Train from a configuration file. Every key of it can be changed: optim.lr=3e-4.",
+    no_args_is_help=True,
+)
+app.add_typer(data, name="data")
+app.add_typer(train, name="train")
+
+
+class Init(str, Enum):
+    random = "random"
+    pretrained = "pretrained"
+
+
+Model = Annotated[
+    Path | None, typer.Option("--model", help="Folder of a model. Default: the shipped weights.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int, typer.Option(help="Threads of the CPU; 0: torch's own choice.")]
+Seed = Annotated[int, typer.Option(help="Of the first picture; the next has the next seed.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the configuration.", metavar="[KEY=VALUE]...")
+]
+Config = Annotated[Path, typer.Argument(help="TOML or YAML.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
+
+
+@data.command("emoji")
+def data_emoji(
+    path: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("data/emoji"),
+    size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
+    tones: Annotated[bool, typer.Option("--tones", help="Keep variants by skin tone.")] = False,
+    archives: Annotated[Path | None, typer.Option(help="Folder of downloaded packages.")] = None,
+) -> None:
+    """Build the default set: emoji in four styles, with their names as captions."""
+    from t2i.data.emoji import build_emoji
+
+    print(build_emoji(path, size=size, tones=tones, archives=archives))
+
+
+@data.command("folder")
+def data_folder(
+    source: Annotated[Path, typer.Argument(help="Folder of pictures.")],
+    path: Annotated[Path, typer.Argument(help="Folder to write.")],
+    captions: Annotated[Path | None, typer.Option(help="JSONL or CSV, if not .txt files.")] = None,
+    size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
+    held_out: Annotated[float, typer.Option(help="Share of the captions to keep aside.")] = 0.05,
+) -> None:
+    """Build a set from any folder of pictures with captions."""
+    from t2i.data.folder import build_folder
+
+    print(build_folder(source, path, captions=captions, size=size, held_out=held_out))
+
+
+@app.command()
+def tokenize(
+    dataset: Annotated[Path, typer.Argument(help="Folder of a dataset.")],
+    tokenizer: Annotated[Path, typer.Option(help="Run, folder or file of an image tokenizer.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    name: Annotated[str | None, typer.Option(help="Which one a published file is.")] = None,
+    views: Annotated[int, typer.Option(help="Shifted variants of each picture.")] = 8,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Turn the pictures of a dataset into tokens, once, for training a language model."""
+    from t2i.data import tokenize_dataset
+    from t2i.train.tokenizer import load_image_tokenizer
+
+    model = load_image_tokenizer(tokenizer, name).to(_device(device, threads))
+    tokenize_dataset(dataset, model, out, views=views)
+    print(f"tokens in {out}")
+
+
+@train.command("tokenizer")
+def train_tokenizer(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train an image tokenizer."""
+    from t2i.train.config import TokenizerTraining, load_config
+    from t2i.train.tokenizer import train_tokenizer
+
+    settings = load_config(TokenizerTraining(), config, overrides or [])
+    command = _resume_command("tokenizer", config, overrides)
+    _exit(train_tokenizer(settings, resume=resume, resume_command=command))
+
+
+@train.command("lm")
+def train_lm(
+    config: Config,
+    overrides: Overrides = None,
+    init: Annotated[Init | None, typer.Option(help="Overrides model.init.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Train a language model on captions and image tokens."""
+    from t2i.train.config import LMTraining, load_config
+    from t2i.train.lm import train_lm
+
+    overrides = [*(overrides or []), *([f"model.init={init.value}"] if init else [])]
+    settings = load_config(LMTraining(), config, overrides)
+    command = _resume_command("lm", config, overrides)
+    _exit(train_lm(settings, resume=resume, resume_command=command))
+
+
+@app.command()
+def export(
+    tokenizer: Annotated[Path, typer.Option(help="Run of the image tokenizer.")],
+    lm: Annotated[Path, typer.Option(help="Run of the language model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    name: Annotated[str, typer.Option(help="Of the model.")] = "",
+) -> None:
+    """Join two finished runs into one model: averaged weights, fp16, with a model card."""
+    from t2i.train.export import export
+
+    export(tokenizer, lm, out, name=name or out.name)
+    print(f"model in {out}")
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="One caption or several.")],
+    n: Annotated[int, typer.Option("-n", help="Pictures a prompt.")] = 1,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="One .png of all, or a folder for single ones.")
+    ] = Path("samples.png"),
+    cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 3.0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely code.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely codes; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep codes up to this probability.")] = 1.0,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
+    scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
+    backend: Annotated[str | None, typer.Option(help="Of the attention, by name.")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Draw pictures for captions."""
+    from t2i.grid import draw_grid, save_image
+
+    pipeline = _load(model, device, threads)
+    images = pipeline.sample(
+        prompts,
+        n,
+        cfg=cfg,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        backend=backend,
+        progress=sys.stderr.isatty(),
+    )
+    captions = [prompt for prompt in prompts for _ in range(n)]
+    if out.suffix.lower() == ".png":
+        columns = n if n > 1 else 0
+        save_image(draw_grid(images, captions, columns=columns, scale=scale), out)
+    else:
+        for i, image in enumerate(images):
+            width, height = image.size
+            name = f"{i // n:03d}-seed{seed + i % n}.png"
+            save_image(image.resize((width * scale, height * scale), 0), out / name)
+    print(f"{out}: {describe(pipeline)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what runs where and why, and how to get what is missing."""
+    from t2i.doctor import doctor
+
+    doctor()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o")] = Path("demo.png"),
+    model: Model = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Draw a dozen prompts, and measure the fused path beside the reference."""
+    from t2i.demo import demo
+
+    demo(_load(model, device, threads), out)
+
+
+def main() -> None:
+    """Run the command line. Errors that a user can mend are one line; T2I_TRACEBACK=1 shows where
+    they come from."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("T2I_TRACEBACK", "0") not in ("", "0"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def describe(pipeline: T2I) -> str:
+    """How long the last pictures took."""
+    numbers = pipeline.statistics
+    return (
+        f"{numbers.images} pictures, {numbers.tokens_per_second:.0f} tokens/s, "
+        f"{numbers.seconds_per_image:.2f} s an image ({numbers.backend} attention)"
+    )
+
+
+def _load(model: Path | None, device: str, threads: int) -> T2I:
+    from t2i.pipeline import SHIPPED, T2I
+
+    if model is None and not (SHIPPED / "model.json").exists():
+        raise FileNotFoundError(
+            f"no weights ship with this copy of t2i ({SHIPPED} is missing): name the folder of a "
+            "model with --model, or train one (t2i train, then t2i export)"
+        )
+    return T2I.from_pretrained(model, device=_device(device, threads))
+
+
+def _device(name: str, threads: int) -> Any:
+    import torch
+
+    from t2i.train.distributed import local_device
+
+    if threads:
+        torch.set_num_threads(threads)
+    return local_device(name)
+
+
+def _resume_command(kind: str, config: Path, overrides: list[str] | None) -> str:
+    return shlex.join(["t2i", "train", kind, str(config), *(overrides or []), "--resume"])
+
+
+def _exit(outcome: Outcome) -> None:
+    """Exit as the run ended, so that a script does not go on with half a model."""
+    if outcome.stopped_by is None:
+        return
+    number = getattr(signal, outcome.stopped_by, None)
+    raise typer.Exit(OUT_OF_TIME if number is None else 128 + number)

@@ -1,0 +1,76 @@
+"""From two finished runs to one model that can be sampled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from t2i.data.files import read_jsonl
+from t2i.data.tokens import tokenizer_checksum
+from t2i.pipeline import T2I
+
+from .lm import load_trained_lm
+from .loop import load_run
+from .tokenizer import load_image_tokenizer
+
+
+def export(tokenizer: str | Path, lm: str | Path, out: str | Path, *, name: str) -> T2I:
+    """Write the averaged weights of two runs as a model folder in fp16, with a model card.
+
+    Raises:
+        FileNotFoundError: no checkpoint in one of the runs.
+        ValueError: the runs do not fit each other.
+    """
+    image_tokenizer = load_image_tokenizer(tokenizer)
+    language_model, text, description = load_trained_lm(lm)
+    if tokenizer_checksum(image_tokenizer) != description["tokenizer_sha256"]:
+        raise ValueError(f"{lm} was trained on the tokens of another tokenizer than {tokenizer}")
+    image_size = tuple(description["image_size"])
+    model = T2I(image_tokenizer, language_model, text, image_size=image_size, name=name)
+    card = "\n".join(
+        [
+            f"# {name}\n",
+            f"Text to images of {image_size[1]} × {image_size[0]} pixels, trained with t2i.\n",
+            _section("Image tokenizer", tokenizer, _size(model.tokenizer)),
+            _section("Language model", lm, _size(model.lm)),
+        ]
+    )
+    model.save_pretrained(out, card=card)
+    return model
+
+
+def _section(title: str, run: str | Path, parameters: str) -> str:
+    """Size, time, configuration and last evaluation of a run."""
+    checkpoint = load_run(run)
+    lines = read_jsonl(Path(run) / "metrics.jsonl")
+    last = next((line for line in reversed(lines) if line["split"] == "evaluation"), {})
+    metrics = {k: v for k, v in last.items() if k not in ("step", "split")}
+    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    return "\n".join(
+        [
+            f"## {title}\n",
+            f"{parameters}, {checkpoint.step} steps in {_hours(lines):.1f} hours.\n",
+            f"| evaluation after step {last.get('step', '-')} | |",
+            "|---|---|",
+            *rows,
+            "",
+            "```json",
+            json.dumps(checkpoint.config, indent=2),
+            "```\n",
+        ]
+    )
+
+
+def _size(module: Any) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters"
+
+
+def _hours(lines: list[dict[str, Any]]) -> float:
+    """Time in steps, from the mean seconds a step between two lines of the log."""
+    seconds, before = 0.0, 0
+    for line in lines:
+        if line["split"] == "train":
+            seconds += (line["step"] - before) * line["seconds_per_step"]
+            before = line["step"]
+    return seconds / 3600
