@@ -11,8 +11,10 @@ The choice, for a call:
   an error that says why it cannot be;
 - otherwise the first of ``cuda``, ``triton``, ``cpu``, ``reference`` that supports the call.
   Falling back to the reference on a GPU warns once, with every reason;
-- with ``T2I_STRICT=1`` such a fallback is an error on every device: the reference then runs only
-  where it is asked for by name.
+- with ``T2I_STRICT=1`` (read on import, as ``T2I_BACKEND`` is) that fallback is an error on every
+  device: the reference then runs only where it is asked for by name.
+
+A new backend is a new file beside ``reference.py`` and a call of its operator's ``add_backend``.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ Reason = str | None
 class Backend:
     """One implementation of an operator.
 
-    ``available()`` is None or why this machine lacks it; it is asked once. ``supports(*call)`` is
-    None or why this call is not covered; it reads nothing but metadata. ``run(*call)`` takes the
-    operator's positional arguments in the order of its schema.
+    ``available()`` is None or why this machine lacks it; it is asked once, while the package is
+    imported, so it must not import a compiler or wake a device. ``supports(*call)`` is None or why
+    this call is not covered; it reads nothing but metadata, and its reasons name limits rather than
+    the values of a call: each new reason is another warning. ``run(*call)`` takes the operator's
+    positional arguments in the order of its schema.
     """
 
     name: str
@@ -56,6 +60,10 @@ class Choice:
     backend: str
     chosen: bool
     reason: Reason
+
+    @property
+    def available(self) -> bool:
+        return self.reason is None
 
 
 class Explanation(list[Choice]):
@@ -165,15 +173,22 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """
     if op not in _ops:
         raise ValueError(f"op {op!r}: expected one of {', '.join(_ops)}")
-    asked = kwargs.pop("backend", None)
+    asked = kwargs.pop("backend", None) or _asked
+    if asked is not None:
+        _known(asked, "backend")
     entry = _ops[op]
     call = entry.bind(*args, **kwargs) if args or kwargs else None
-    return _explain(op, entry, call, asked or _asked)
+    return _explain(op, entry, call, asked)
 
 
 def ops() -> tuple[str, ...]:
     """Names of the operators."""
     return tuple(_ops)
+
+
+def backends(op: str) -> tuple[str, ...]:
+    """Names of the backends that this version has for ``op``, whatever this machine has."""
+    return tuple(_ops[op].backends)
 
 
 def _explain(op: str, entry: _Op, call: tuple | None, asked: str | None = None) -> Explanation:

@@ -97,10 +97,12 @@ def attend(
     if scores.shape[-1] == 0:
         return scores @ v, scores.new_full(scores.shape[:-1], -torch.inf)
     p, largest = scores.softmax(dim=-1), scores.amax(dim=-1)
-    unseeing = (largest == -torch.inf)[..., None]
+    logsumexp = largest - p.amax(dim=-1).log()  # the largest p is exp(largest − logsumexp)
+    unseeing = largest == -torch.inf
     if unseeing.any():  # −inf − −inf is NaN
-        p = torch.where(unseeing, 0, p)
-    return p @ v, largest - p.amax(dim=-1).log()  # the largest p is exp(largest − logsumexp)
+        p = torch.where(unseeing[..., None], 0, p)
+        logsumexp = torch.where(unseeing, -torch.inf, logsumexp)
+    return p @ v, logsumexp
 
 
 def _backward(dout, dlogsumexp, q, k, v, out, logsumexp, causal, window, softcap, scale):
@@ -120,9 +122,9 @@ def _backward(dout, dlogsumexp, q, k, v, out, logsumexp, causal, window, softcap
         p = torch.where(mask, p, 0)
     dv = p.mT @ do
     delta = (do * o).sum(dim=-1) - dlse
-    ds = p * (do @ vh.mT - delta[..., None])
+    ds = (do @ vh.mT).sub_(delta[..., None]).mul_(p)
     if softcap > 0:  # d c·tanh(x / c) = 1 − tanh²(x / c)
-        ds = ds * (1 - (scores / softcap).square())
+        ds *= 1 - (scores / softcap).square()
     dq, dk = scale * (ds @ kh), scale * (ds.mT @ qh)
     return (
         unstack_queries(dq, q.shape[2]).to(q.dtype).contiguous(),
@@ -159,8 +161,8 @@ def attention_mask(
 
 
 def by_head(x: Tensor) -> Tensor:
-    """[B, L, H, D] -> [B, H, L, D] in the type that sums are kept in."""
-    return x.transpose(1, 2).to(_accumulator(x))
+    """[B, L, H, D] -> [B, H, L, D], contiguous, in the type that sums are kept in."""
+    return x.transpose(1, 2).to(_accumulator(x)).contiguous()
 
 
 def stack_queries(q: Tensor, kv_heads: int) -> Tensor:
