@@ -153,7 +153,7 @@ class T2I:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         backend: str | None = None,
         progress: bool | Progress = False,
@@ -164,7 +164,8 @@ class T2I:
             prompts: one caption or several, of any lengths.
             n: pictures a prompt.
             seed: picture i of every prompt has seed + i, and depends on that, its prompt and the
-                options alone: picture 3 of ``seed=0`` is picture 0 of ``seed=3``.
+                options alone: picture 3 of ``seed=0`` is picture 0 of ``seed=3``. A sequence has
+                one for each prompt.
             batch_size: pictures drawn together; bounds memory, changes no picture.
             progress: True shows a bar; a function is called with (tokens done, tokens in all).
             cfg, temperature, top_k, top_p, backend: see ``sampling.sample_codes``.
@@ -181,7 +182,10 @@ class T2I:
             raise ValueError(f"n={n}: expected at least 1 picture a prompt")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        work = [(row, seed + i) for row in rows for i in range(n)]
+        seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(rows):
+            raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
+        work = [(row, first + i) for row, first in zip(rows, seeds, strict=True) for i in range(n)]
         images: list[Image.Image] = []
         total = Statistics()
         size = self.grid[0] * self.grid[1]

@@ -59,6 +59,13 @@ def test_a_picture_depends_on_its_seed_whatever_is_drawn_beside_it(model):
     assert all(same(a, b) for a, b in zip(images, in_twos, strict=True))
 
 
+def test_one_seed_a_prompt(model):
+    prompts = ["blue house", "tiny shark"]
+    images = model.sample(prompts, seed=[5, 9])
+    for image, prompt, seed in zip(images, prompts, (5, 9), strict=True):
+        assert same(image, model.sample(prompt, seed=seed)[0])
+
+
 def test_other_sizes_than_the_trained_one(parts):
     model = T2I(*parts, image_size=(32, 64))
     assert model.grid == (4, 8)
@@ -121,6 +128,7 @@ def test_statistics_and_progress(model, capsys):
         (["shark " * 40], {}, ValueError, r"prompts\[0\] has \d+ tokens.*room for 26"),
         ("red apple", {"n": 0}, ValueError, "n=0"),
         ("red apple", {"batch_size": 0}, ValueError, "batch_size=0"),
+        ("red apple", {"seed": [1, 2]}, ValueError, "2 seeds for 1 prompts"),
         ("red apple", {"top_p": 2.0}, ValueError, "top_p=2.0"),
     ],
 )
