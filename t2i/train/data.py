@@ -8,11 +8,15 @@ array of small images takes a fraction of a millisecond: no worker processes are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
 import numpy as np
 
 from .distributed import rank, world_size
 
-_ORDER, _SAMPLE = 1, 2  # keep the streams of random numbers apart
+T = TypeVar("T")
+_ORDER, _SAMPLE, _GROUP = 1, 2, 3  # keep the streams of random numbers apart
 
 
 class DataOrder:
@@ -64,11 +68,62 @@ def local_batch(
     Raises:
         ValueError: the batch cannot be split evenly.
     """
-    if batch_size % world_size():
-        raise ValueError(f"optim.batch_size={batch_size}: expected a multiple of {world_size()}")
-    share = batch_size // world_size()
+    share = _share(batch_size)
     samples, epochs = order(position + rank() * share, share)
     return samples, order.generators(samples, epochs)
+
+
+class LengthGroups(Generic[T]):
+    """Batches of items of similar length, so that little of a batch is padding.
+
+    ``GROUP`` batches are drawn together, sorted by length, cut, and come in random order: every
+    sample still comes once an epoch, and a batch is a function of its position.
+
+    Args:
+        order: of the samples.
+        batch_size: over all ranks; positions are multiples of it, others count as the last one.
+        draw: (sample, its generator) -> item.
+        length: of an item.
+
+    Raises:
+        ValueError: a batch cannot be split evenly among the ranks.
+    """
+
+    GROUP = 8
+
+    def __init__(
+        self,
+        order: DataOrder,
+        batch_size: int,
+        draw: Callable[[int, np.random.Generator], T],
+        length: Callable[[T], int],
+    ):
+        self.order, self.batch_size, self.draw, self.length = order, batch_size, draw, length
+        self.share = _share(batch_size)
+        self._group, self._batches = -1, []
+
+    def __call__(self, position: int) -> list[T]:
+        """This rank's part of the batch at ``position``."""
+        group, batch = divmod(position // self.batch_size, self.GROUP)
+        if group != self._group:
+            self._group, self._batches = group, self._batches_of(group)
+        return self._batches[batch][rank() * self.share :][: self.share]
+
+    def _batches_of(self, group: int) -> list[list[T]]:
+        count = self.GROUP * self.batch_size
+        samples, epochs = self.order(group * count, count)
+        generators = self.order.generators(samples, epochs)
+        items = [self.draw(*pair) for pair in zip(samples.tolist(), generators, strict=True)]
+        items.sort(key=self.length)
+        shuffled = np.random.default_rng((_GROUP, self.order.seed, group)).permutation(self.GROUP)
+        return [items[i * self.batch_size :][: self.batch_size] for i in shuffled.tolist()]
+
+
+def _share(batch_size: int) -> int:
+    """Samples of a batch on each rank."""
+    if batch_size % world_size():
+        raise ValueError(f"optim.batch_size={batch_size}: expected a multiple of {world_size()}")
+    return batch_size // world_size()
 
 
 def augmented(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from t2i.text import TextTokenizer
 
 from .captions import make_text_tokenizer, vary_caption
 from .config import LMTraining, checked
-from .data import DataOrder, local_batch, spread
+from .data import DataOrder, LengthGroups, spread
 from .distributed import local_device, process_group, rank
 from .loop import Outcome, holds_run, load_run, train
 from .optim import Ema, adamw, apply_gradients, learning_rate, mean_metrics
@@ -71,6 +71,9 @@ class LMTask:
             split: spread(self.data.rows(split), config.evaluation.pairs) for split in SPLITS
         }
         self.text = self._text_tokenizer()
+        self.batches = LengthGroups(
+            self.order, self.batch_size, self._draw, lambda item: len(self.text.prompt(item[0]))
+        )
         self.lm = _build(config, self.text, self.data.num_codes).to(device)
         self.ema = Ema(self.lm, config.optim.ema)
         self.parameters = list(self.lm.parameters())
@@ -92,20 +95,18 @@ class LMTask:
         self.ema.update(self.lm, step)
         return metrics
 
-    def _micro_batches(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:
-        samples, generators = local_batch(self.order, position, self.config.optim.batch_size)
-        pairs = [self.data.pairs[i] for i in samples]
-        captions = [
-            vary_caption(pair, self.config.captions, rng)
-            for pair, rng in zip(pairs, generators, strict=True)
-        ]
-        views = [rng.integers(self.data.tokens.shape[1]) for rng in generators]
-        images = self.data.tokens[samples, views]
-        size = len(samples) // self.config.optim.accumulate
-        for i in range(0, len(samples), size):
-            yield self._collate(captions[i : i + size], images[i : i + size])
+    def _draw(self, sample: int, rng: np.random.Generator) -> tuple[str | None, np.ndarray]:
+        """A caption of a sample, and the codes of one view of its image."""
+        caption = vary_caption(self.data.pairs[sample], self.config.captions, rng)
+        return caption, self.data.tokens[sample, rng.integers(self.data.tokens.shape[1])]
 
-    def _collate(self, captions: list[str | None], images: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _micro_batches(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:
+        captions, images = zip(*self.batches(position), strict=True)
+        size = len(captions) // self.config.optim.accumulate
+        for i in range(0, len(captions), size):
+            yield self._collate(captions[i : i + size], np.stack(images[i : i + size]))
+
+    def _collate(self, captions: Sequence[str | None], images: np.ndarray) -> tuple[Tensor, Tensor]:
         """A batch of sequences, and which modality each of their tokens is.
 
         A sequence is the prompt of its caption and the image's tokens; the shorter ones are padded
