@@ -99,7 +99,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         for name, checksum in description["sha256"].items():
             if _sha256(path / name) != checksum:
                 raise CorruptCheckpoint(f"{path / name} is damaged: its checksum differs")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except CorruptCheckpoint:
+        raise
+    except (OSError, KeyError, ValueError) as error:  # no file, no such entry, no JSON
         raise CorruptCheckpoint(f"{path} is damaged: {type(error).__name__}: {error}") from None
     return Checkpoint(
         step=description["step"],
@@ -130,6 +132,13 @@ def load_latest(
     if complete:
         raise CorruptCheckpoint(f"none of the {len(complete)} checkpoints in {folder} is intact")
     return None
+
+
+def seed_generators(seed: int) -> None:
+    """Start every generator of ``rng_state``: what is not seeded differs from run to run."""
+    torch.manual_seed(seed)  # of every device
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from t2i.pipeline import T2I
 from t2i.text import TextTokenizer
 
 from .captions import make_text_tokenizer, vary_caption
+from .checkpoint import seed_generators
 from .config import LMTraining, checked
 from .data import DataOrder, LengthGroups, spread
 from .distributed import local_device, process_group, rank
@@ -41,9 +42,9 @@ def train_lm(config: LMTraining, **options: Any) -> Outcome:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with process_group(device):
-        torch.manual_seed(config.run.seed)
+        seed_generators(config.run.seed)
         task = LMTask(config, device)
-        torch.manual_seed(config.run.seed + rank())
+        seed_generators(config.run.seed + rank())
         return train(task, config.run, dataclasses.asdict(config), **options)
 
 

@@ -18,6 +18,7 @@ from t2i.grid import draw_grid
 from t2i.tokenizer import TOKENIZER_CONFIGS, build_tokenizer, load_tokenizer
 
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
+from .checkpoint import seed_generators
 from .config import TokenizerTraining, updated
 from .data import DataOrder, augmented, local_batch, spread
 from .distributed import local_device, process_group, rank
@@ -33,9 +34,9 @@ def train_tokenizer(config: TokenizerTraining, **options: Any) -> Outcome:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with process_group(device):
-        torch.manual_seed(config.run.seed)
+        seed_generators(config.run.seed)
         task = TokenizerTask(config, device)
-        torch.manual_seed(config.run.seed + rank())
+        seed_generators(config.run.seed + rank())
         return train(task, config.run, dataclasses.asdict(config), **options)
 
 
