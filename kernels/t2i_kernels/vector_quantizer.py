@@ -36,12 +36,14 @@ class VectorQuantizer(nn.Module):
             exists for their checkpoints.
         ema_decay: of the running sums.
         restart_after: a code that no vector chose in that many training batches starts again as a
-            vector of the current batch, its running state with it; 0 never.
+            vector of the current batch, its running state with it; 0 never. What an optimizer
+            keeps about a code is out of reach, and stays.
         usage_window: batches that ``usage`` and ``perplexity`` look back on, at least; at most
             twice as many.
 
-    All state is in buffers, so a checkpoint continues to the bit. Under ``torch.distributed`` every
-    rank holds the same codebook at the cost of one all-reduce a training batch.
+    All state is in buffers, so a checkpoint continues to the bit. Under ``torch.distributed`` ranks
+    that start with the same codebook keep the same, learned from the vectors of all, at the cost of
+    one all-reduce a training batch.
 
     Raises:
         ValueError: an option outside its choices.
@@ -69,9 +71,15 @@ class VectorQuantizer(nn.Module):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
-        for name, value in (("num_codes", num_codes), ("code_dim", code_dim)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name, value, least in (
+            ("num_codes", num_codes, 1),
+            ("code_dim", code_dim, 1),
+            ("beta", beta, 0),
+            ("restart_after", restart_after, 0),
+            ("usage_window", usage_window, 1),
+        ):
+            if not value >= least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
         if legacy_beta and update == "ema":
             raise ValueError("legacy_beta: with update='ema' there is no codebook term to swap")
         if not 0 <= ema_decay < 1:
@@ -108,29 +116,52 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> VQOutput:
         """z [..., d] -> ``VQOutput``; in training mode also learns from z.
 
-        Computed in fp32 whatever the type of z, also under autocast.
+        Computed in fp32 whatever the type of z, also under autocast; ``quantized`` has the type of
+        z, and its values are those of ``lookup(indices)``.
 
         Raises:
-            ValueError, RuntimeError: a wrong shape; NaN or infinity in z.
+            TypeError, ValueError: a wrong type or shape; NaN or infinity in z.
         """
         with torch.autocast(z.device.type, enabled=False):
+            found = vq_nearest(z.float(), self.codebook, self.metric, return_counts=True)
             vectors = self._normalize(z.float())
-            found = vq_nearest(
-                vectors, self._normalize(self.codebook), self.metric, return_counts=True
-            )
-            quantized = self.lookup(found.indices)
+            quantized = self._codes(found.indices)
             loss = self._loss(vectors, quantized)
+            carrier = vectors
             if self.gradient == "rotation":
-                out = rotate_onto(vectors, quantized.detach())
-            else:
-                out = vectors + (quantized - vectors).detach()
+                carrier = rotate_onto(vectors, quantized.detach())
+            # The difference is exactly 0: the carrier lends its gradient and no rounding.
+            out = quantized.detach() + (carrier - carrier.detach())
             if self.training:
                 self._learn(vectors.detach().flatten(0, -2), found.indices, found.counts)
         return VQOutput(out.to(z.dtype), found.indices, loss)
 
+    def encode(self, z: Tensor) -> Tensor:
+        """z [..., d] -> indices int64 [...]; learns nothing, also in training mode.
+
+        Raises:
+            TypeError, ValueError: as ``forward``.
+        """
+        return vq_nearest(z.float(), self.codebook, self.metric)
+
     def lookup(self, indices: Tensor) -> Tensor:
-        """The codes of indices int64 [...]: fp32 [..., d], at length 1 for "cosine"."""
-        return self._normalize(F.embedding(indices, self.codebook))
+        """The codes of indices int64 [...]: fp32 [..., d], at length 1 for "cosine".
+
+        Raises:
+            TypeError: indices of another type.
+            IndexError: an index that is not in [0, num_codes).
+        """
+        if indices.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"indices: expected int64, got {indices.dtype}")
+        # A look at the values; a compiled graph has the check of the embedding alone.
+        if not torch.compiler.is_compiling() and indices.numel():
+            low, high = (bound.item() for bound in indices.aminmax())
+            if low < 0 or high >= self.num_codes:
+                raise IndexError(
+                    f"indices: expected 0 to {self.num_codes - 1}, got {low} to {high} in "
+                    f"{tuple(indices.shape)}"
+                )
+        return self._codes(indices)
 
     def usage(self) -> float:
         """Share of the codes chosen at least once within the window of training batches."""
@@ -148,12 +179,15 @@ class VectorQuantizer(nn.Module):
             f"gradient={self.gradient}"
         )
 
+    def _codes(self, indices: Tensor) -> Tensor:
+        return self._normalize(F.embedding(indices, self.codebook))
+
     def _normalize(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors
 
     def _loss(self, vectors: Tensor, quantized: Tensor) -> Tensor:
-        if not vectors.numel():
-            return vectors.sum()
+        if not vectors.numel():  # the mean of nothing is NaN
+            return vectors.sum() + quantized.sum()
         commitment = F.mse_loss(vectors, quantized.detach())
         if self.update == "ema":
             return self.beta * commitment
@@ -164,44 +198,49 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _learn(self, vectors: Tensor, indices: Tensor, counts: Tensor) -> None:
-        sums = None
+        sums = seeds = offered = None
         if self.update == "ema":
             sums = torch.zeros_like(self.codebook).index_add_(0, indices.flatten(), vectors)
-        seeds = self._propose_seeds(vectors)
-        counts, sums, seeds = _all_reduce(counts, sums, seeds)
-        if self.update == "ema":
+        if self.restart_after:
+            seeds, offered = self._offer_seeds(vectors)
+        counts, sums, seeds, offered = _all_reduce(counts, sums, seeds, offered)
+        if sums is not None:
             self._move_codes(counts, sums)
         self._record(counts)
-        self.stale = torch.where(counts > 0, 0, self.stale + 1)
+        self.stale.copy_(torch.where(counts > 0, 0, self.stale + 1))
         if seeds is not None:
-            self._restart(seeds)
+            self._restart(seeds, offered > 0)
 
     def _move_codes(self, counts: Tensor, sums: Tensor) -> None:
         self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1 - self.ema_decay)
         self.ema_sums.lerp_(sums, 1 - self.ema_decay)
         # Counts and sums of a code that nothing chooses decay together: their ratio, the code,
-        # stays, until both underflow.
+        # stays, until both underflow. Laplace smoothing, the usual guard against 0 / 0, would draw
+        # rare codes to the origin.
         alive = self.ema_counts > 1e-20
         means = self.ema_sums / self.ema_counts.clamp_min(1e-20)[:, None]
         self.codebook.copy_(torch.where(alive[:, None], self._normalize(means), self.codebook))
 
-    def _propose_seeds(self, vectors: Tensor) -> Tensor | None:
-        """One vector of the batch for each code, of which only stale codes take theirs. Drawn from
-        torch's generator on every rank and kept on one of them, so that the sum of all is one."""
-        if not self.restart_after:
-            return None
-        if not len(vectors):
-            return torch.zeros_like(self.codebook)
-        drawn = vectors[torch.randint(len(vectors), (self.num_codes,), device=vectors.device)]
-        return drawn if _rank() == 0 else torch.zeros_like(drawn)
+    def _offer_seeds(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(seeds [K, d], 1 where there is one [K]): a vector of the batch for each code, of which
+        only dead codes take theirs.
 
-    def _restart(self, seeds: Tensor) -> None:
-        dead = (self.stale >= self.restart_after)[:, None]
-        self.codebook.data = torch.where(dead, seeds, self.codebook)
+        Ranks take turns over the codes, each draws for its own from its generator, and the rest is
+        0: the sum over ranks is the choice. A rank without vectors offers none.
+        """
+        if not len(vectors):
+            return torch.zeros_like(self.codebook), torch.zeros_like(self.codebook[:, 0])
+        drawn = torch.randint(len(vectors), (self.num_codes,), device=vectors.device)
+        turn = torch.arange(self.num_codes, device=vectors.device) % _world_size() == _rank()
+        return torch.where(turn[:, None], vectors[drawn], 0), turn.to(vectors.dtype)
+
+    def _restart(self, seeds: Tensor, offered: Tensor) -> None:
+        dead = offered & (self.stale >= self.restart_after)
+        self.codebook.copy_(torch.where(dead[:, None], seeds, self.codebook))
         if self.update == "ema":
-            self.ema_sums = torch.where(dead, seeds, self.ema_sums)
-            self.ema_counts = torch.where(dead[:, 0], 1.0, self.ema_counts)
-        self.stale = torch.where(dead[:, 0], 0, self.stale)
+            self.ema_sums.copy_(torch.where(dead[:, None], seeds, self.ema_sums))
+            self.ema_counts.masked_fill_(dead, 1)
+        self.stale.masked_fill_(dead, 0)
 
     def _record(self, counts: Tensor) -> None:
         full = self.window_batches >= self.usage_window
@@ -235,9 +274,13 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _all_reduce(*tensors: Tensor | None) -> list[Tensor | None]:
     """The sum over ranks of each tensor, in one fp32 message; None stays None."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _world_size() == 1:
         return list(tensors)
     present = [t for t in tensors if t is not None]
     message = torch.cat([t.flatten().float() for t in present])
