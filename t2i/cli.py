@@ -43,6 +43,10 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int, typer.Option(help="Threads of the CPU; 0: torch's own choice.")]
+Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is off.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely code.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely codes; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likely codes up to this probability.")]
 Seed = Annotated[int, typer.Option(help="Of the first picture; the next has the next seed.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the configuration.", metavar="[KEY=VALUE]...")
@@ -61,13 +65,15 @@ def data_emoji(
     """Build the default set: emoji in four styles, with their names as captions."""
     from t2i.data.emoji import build_emoji
 
-    print(build_emoji(path, size=size, tones=tones, archives=archives))
+    print(f"{path} {build_emoji(path, size=size, tones=tones, archives=archives)}")
 
 
 @data.command("folder")
 def data_folder(
     source: Annotated[Path, typer.Argument(help="Folder of pictures.")],
-    path: Annotated[Path, typer.Argument(help="Folder to write.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="Folder to write. Default: data/ and the same name.")
+    ] = None,
     captions: Annotated[Path | None, typer.Option(help="JSONL or CSV, if not .txt files.")] = None,
     size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
     held_out: Annotated[float, typer.Option(help="Share of the captions to keep aside.")] = 0.05,
@@ -75,7 +81,8 @@ def data_folder(
     """Build a set from any folder of pictures with captions."""
     from t2i.data.folder import build_folder
 
-    print(build_folder(source, path, captions=captions, size=size, held_out=held_out))
+    path = path or Path("data") / source.resolve().name
+    print(f"{path} {build_folder(source, path, captions=captions, size=size, held_out=held_out)}")
 
 
 @app.command()
@@ -85,6 +92,7 @@ def tokenize(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     name: Annotated[str | None, typer.Option(help="Which one a published file is.")] = None,
     views: Annotated[int, typer.Option(help="Shifted variants of each picture.")] = 8,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror images as well.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -93,8 +101,8 @@ def tokenize(
     from t2i.train.tokenizer import load_image_tokenizer
 
     model = load_image_tokenizer(tokenizer, name).to(_device(device, threads))
-    tokenize_dataset(dataset, model, out, views=views)
-    print(f"tokens in {out}")
+    new = tokenize_dataset(dataset, model, out, views=views, flip=flip)
+    print(f"tokens in {out}{'' if new else ' (up to date)'}")
 
 
 @train.command("tokenizer")
@@ -146,10 +154,10 @@ def sample(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="One .png of all, or a folder for single ones.")
     ] = Path("samples.png"),
-    cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is off.")] = 3.0,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely code.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely codes; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep codes up to this probability.")] = 1.0,
+    cfg: Cfg = 3.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 200,
+    top_p: TopP = 1.0,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
     scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
@@ -184,6 +192,42 @@ def sample(
             name = f"{i // n:03d}-seed{seed + i % n}.png"
             save_image(image.resize((width * scale, height * scale), 0), out / name)
     print(f"{out}: {describe(pipeline)}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a model. Default: the shipped weights.")
+    ] = None,
+    dataset: Annotated[Path, typer.Option(help="Folder of the dataset.")] = Path("data/emoji"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("eval"),
+    prompts: Annotated[int, typer.Option(help="Captions of each split.")] = 300,
+    cfg: Cfg = 3.0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 200,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Measure a model's tokenizer and its pictures, for captions that it saw and did not see."""
+    from t2i.data.tokens import tokenizer_checksum
+    from t2i.evaluate import evaluate_model, summary
+
+    pipeline = _load(model, device, threads)
+    options = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    weights = [tokenizer_checksum(part) for part in (pipeline.tokenizer, pipeline.lm)]
+    result = evaluate_model(
+        lambda captions, seeds: pipeline.sample(captions, seed=seeds, **options),
+        pipeline.tokenizer,
+        dataset,
+        out,
+        prompts=prompts,
+        seed=seed,
+        settings={"model": pipeline.name, "weights_sha256": weights, **options},
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{summary(result)}\n\n{out}/eval.json, {out}/eval.png")
 
 
 @app.command()

@@ -12,6 +12,10 @@ from conftest import TINY_LM, TINY_TOKENIZER
 from PIL import Image
 
 from t2i import cli
+from t2i.pipeline import T2I
+from t2i.train.config import LMTraining, load_config
+from t2i.train.export import export
+from t2i.train.lm import train_lm
 
 torch.set_num_threads(1)
 
@@ -29,6 +33,16 @@ def t2i(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def model(tokens, tokenizer_run, tmp_path_factory):
+    """A model folder."""
+    run, out = tmp_path_factory.mktemp("lm"), tmp_path_factory.mktemp("model")
+    changes = [f"data.path={tokens}", f"data.tokenizer={tokenizer_run}", f"run.folder={run}"]
+    train_lm(load_config(LMTraining(), overrides=[*TINY_LM, *changes, "run.steps=3"]))
+    export(tokenizer_run, run, out, name="squares")
+    return out
+
+
 def test_from_pictures_to_a_picture(t2i, pictures, tmp_path, monkeypatch):
     def works(*arguments):
         status, output, errors = t2i(*arguments)
@@ -38,7 +52,8 @@ def test_from_pictures_to_a_picture(t2i, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.toml").write_text('run.steps = 2\nrun.folder = "runs/tokenizer"\n')
     (tmp_path / "lm.yaml").write_text("run: {steps: 2, folder: runs/lm}\n")
-    works("data", "folder", pictures, "data", "--size", 16)
+    output = works("data", "folder", pictures, "data", "--size", 16)
+    assert "32 pictures" in output
     works("train", "tokenizer", "tokenizer.toml", *TINY_TOKENIZER, "data.path=data")
     works("tokenize", "data", "--tokenizer", "runs/tokenizer", "-o", "tokens", "--views", 2)
     works("train", "lm", "lm.yaml", *TINY_LM, "data.path=tokens", "--init", "random")
@@ -89,6 +104,28 @@ def test_mistakes_are_one_line(
     status, _, errors = t2i(*(a.format(toml="ok.toml", run=tokenizer_run) for a in arguments))
     assert status == 1
     assert errors.startswith("error: ") and message in errors and "Traceback" not in errors
+
+
+def test_eval_draws_as_it_says(t2i, model, tmp_path, monkeypatch):
+    calls = []
+
+    def evaluate_model(generate, tokenizer, dataset, out, **options):
+        pictures = generate(["red square 1, full style", "blue"], [5, 9])
+        calls.append((pictures, dataset, out, options))
+        return {}
+
+    monkeypatch.setattr("t2i.evaluate.evaluate_model", evaluate_model)
+    monkeypatch.setattr("t2i.evaluate.summary", lambda result: "| table |")
+    options = ("--dataset", "d", "-o", tmp_path, "--prompts", 7, "--cfg", 2, "--top-k", 4)
+    status, output, _ = t2i("eval", model, *options, "--seed", 5, "--device", "cpu")
+    assert status == 0 and "| table |" in output and str(tmp_path) in output
+    ((pictures, dataset, out, given),) = calls
+    expected = T2I.from_pretrained(model, device="cpu").sample(
+        ["red square 1, full style", "blue"], seed=[5, 9], cfg=2.0, top_k=4
+    )
+    assert [p.tobytes() for p in pictures] == [p.tobytes() for p in expected]
+    assert (str(dataset), out, given["prompts"], given["seed"]) == ("d", tmp_path, 7, 5)
+    assert given["settings"]["cfg"] == 2.0 and len(given["settings"]["weights_sha256"]) == 2
 
 
 def test_a_run_is_not_overwritten(t2i, dataset, tmp_path):
