@@ -1,7 +1,7 @@
 """What the operators must compute: in fp64, one row at a time, sharing nothing with their code.
 
-``attention`` and ``decode_attention`` are differentiable. ``plain_attention`` is the textbook
-formula at the precision of its inputs: what an operator's error is measured against.
+``attention`` is differentiable. ``plain_attention`` is the textbook formula at the precision of its
+inputs: what an operator's error is measured against.
 """
 
 from __future__ import annotations
@@ -106,32 +106,14 @@ def plain_attention(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x [H, D] at one position of the angles cos, sin [R/2]: pairs of channels as complex numbers
-    times e^(i·angle)."""
+    """x [H, D] by the angles cos, sin [R/2] of its position: pairs of channels as complex numbers
+    times cos + i·sin."""
     x, pairs = x.double().clone(), len(cos)
     for i in range(pairs):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
         turned = torch.complex(x[:, a], x[:, b]) * torch.complex(cos[i].double(), sin[i].double())
         x[:, a], x[:, b] = turned.real, turned.imag
     return x
-
-
-def decode_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    window: int = -1,
-    softcap: float = 0.0,
-    scale: float | None = None,
-) -> Tensor:
-    """The last n tokens of one row: rotated queries [n, H, D] over all its keys and values so far
-    [L, Hkv, D], those of the n tokens included; fp64 [n, H, D]."""
-    out, _ = attention(
-        q[None], keys[None], values[None], causal=True, window=(window, -1), softcap=softcap,
-        scale=scale,
-    )  # fmt: skip
-    return out[0]
 
 
 def assert_no_worse(

@@ -63,7 +63,7 @@ def compare(backend, q, k, v, with_dlse=True, **options):
         if name[0] == "d":
             assert_no_worse(name, *values, factor=3, rounding=max(8, largest))
         else:
-            assert_no_worse(name, *values, factor=2, rounding=1)
+            assert_no_worse(name, *values, factor=2, rounding=2)
 
 
 # ---- Checks: (backend) -> None, or AssertionError -----------------------------------------------

@@ -52,7 +52,7 @@ def decode_attention(
         k_new, v_new: [B, n, Hkv, D], their keys and values; H is a multiple of Hkv.
         cache: of B rows, in the type of q or int8. Written in place.
         rotary_cos, rotary_sin: fp32 [positions, R/2], R ≤ D: q and k_new are turned by row
-            ``slot − start`` of the table, in fp32; both or none.
+            ``slot − start`` of the table, in fp32, and rounded to the type of q; both or none.
         rotary_interleaved: pairs of channels are (2i, 2i + 1); else (i, i + R/2).
         window: how many keys a token sees before its own; −1 is all.
         softcap, scale: as in ``flash_attention``.

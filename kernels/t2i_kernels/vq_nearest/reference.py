@@ -11,7 +11,8 @@ MAX_ELEMENTS = 1 << 22  # of a chunk of vectors beside all codes: 32 MB
 def vq_nearest(
     z: Tensor, codebook: Tensor, metric: str, return_distance: bool, return_counts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    vectors, codes = z.reshape(-1, z.shape[-1]).double(), codebook.double()
+    vectors = z.reshape(z.shape[:-1].numel(), z.shape[-1]).double()
+    codes = codebook.double()
     _check_finite("z", vectors)
     _check_finite("codebook", codes)
     if metric == "cosine":
