@@ -69,18 +69,7 @@ def build_emoji(
         return white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
     files = {key: packages.fetch(key, archives) for key in (*STYLES, "emojibase")}
-    emoji = _emojibase(files["emojibase"])
-    code_points = _code_points(files["fluent-emoji-flat"])
-    entries = []
-    for key, style in STYLES.items():
-        for name, points, svg in _icons(files[key], code_points):
-            known = emoji.get(_normal(points))
-            if known is not None and (tones or known["tone"] is None):
-                caption = f"{known['label']}, {style} style"
-                entries.append(
-                    Entry(f"{key}:{name}", {"caption": caption, "style": style, **known}, svg)
-                )
-    _split([entry.pair for entry in entries])
+    entries = emoji_entries(files, tones)
     info = {
         "name": "emoji",
         "size": size,
@@ -89,6 +78,22 @@ def build_emoji(
         "sources": [packages.PACKAGES[key].describe() for key in files],
     }
     return build_dataset(Path(path), entries, draw, size=size, info=info, progress=progress)
+
+
+def emoji_entries(files: dict[str, Path], tones: bool) -> list[Entry]:
+    """What there is to draw: icons with their pairs, SVG as the source. ``files``: package key ->
+    archive."""
+    emoji = _emojibase(files["emojibase"])
+    code_points = _code_points(files["fluent-emoji-flat"])
+    entries = []
+    for key, style in STYLES.items():
+        for name, points, svg in _icons(files[key], code_points):
+            known = emoji.get(_normal(points))
+            if known is not None and (tones or known["tone"] is None):
+                pair = {"caption": f"{known['label']}, {style} style", "style": style, **known}
+                entries.append(Entry(f"{key}:{name}", pair, svg))
+    _split([entry.pair for entry in entries])
+    return entries
 
 
 def _emojibase(archive: Path) -> dict[str, dict]:
