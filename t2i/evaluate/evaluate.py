@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from t2i.data import ImageTextDataset
-from t2i.data.dataset import SPLITS
-from t2i.data.files import write_json
-from t2i.data.tokens import to_float
-from t2i.grid import draw_grid
+from t2i.data import SPLITS, ImageTextDataset
+from t2i.data.dataset import rows_of, unit_hash
+from t2i.data.files import write_array, write_json
+from t2i.data.tokens import to_float, tokenizer_checksum
+from t2i.grid import draw_grid, save_image
 
-from .efficientnet import load_efficientnet
-from .features import image_features
-from .metrics import (
-    Ridge,
-    frechet_distance,
-    kernel_distance,
-    nearest_psnr,
-    psnr,
-    ssim,
-)
-from .text_features import text_features
+from .alignment import RidgeAlignment
+from .copies import CopyCheck
+from .features import Features, cached_features, load_features
+from .metrics import codebook_use, frechet_distance, kernel_distance, psnr, ssim
 
-FOLDS = 5  # of the concepts: each is scored by a map that was fit on the other folds
-COPY_PSNR = 22.0  # dB to the nearest training picture from which a picture counts as a copy of it
-SHOWN = 6  # prompts a split on the sheet
-BATCH = 64
+CHUNK = 64  # pictures drawn or reconstructed together
+SHOWN = 8  # prompts a split in the picture
 
-Generate = Callable[[Sequence[str], int], list[Image.Image]]  # (captions, seed) -> pictures
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of a split: rows of the dataset."""
-
-    split: str
-    rows: np.ndarray
+# One picture for each caption, from the seed beside it.
+Generate = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
 
 
 def evaluate_model(
@@ -54,175 +39,215 @@ def evaluate_model(
     *,
     prompts: int = 300,
     seed: int = 0,
-    settings: dict | None = None,
+    settings: dict[str, Any] | None = None,
+    features: Features | None = None,
     progress: bool = True,
-) -> dict:
-    """Score pictures for captions of each split, and write ``eval.json`` and ``eval.png``.
+) -> dict[str, Any]:
+    """Score pictures for captions of each split; writes ``eval.json`` and ``eval.png``.
 
-    Beside the samples stand the real pictures of the same captions and their reconstructions by
-    ``tokenizer``: what the measures give to the best that this tokenizer could draw.
+    Beside the samples stand the reconstructions of the real pictures of the same captions, the best
+    that a model on this tokenizer could draw, and the real pictures themselves. For each:
+
+    - ``top1``, ``top5``, ``top10``: ridge alignment (``alignment.py``), and what chance gives;
+    - ``fd_efflite0``, ``kid``, ``kid_std``: distance to the real pictures of all *other* prompts.
+      That of the real pictures is what no model needs to beat; the Fréchet distance depends on the
+      number of pictures and is comparable only with it;
+    - ``near_copies``, ``nearest_cosine``, ``nearest_psnr``: of training pictures (``copies.py``);
+      a real training picture is compared with the others.
+
+    Samples are kept in ``out`` and not drawn again while nothing that they depend on changes.
 
     Args:
-        generate: draws one picture a caption, from a seed.
-        tokenizer: image tokenizer of the model.
-        dataset: folder of an ``ImageTextDataset`` with labels, styles and tags.
+        generate: the model.
+        tokenizer: the model's, from ``t2i.tokenizer``.
+        dataset: folder of an ``ImageTextDataset``.
         out: folder to write.
-        prompts: captions a split, drawn evenly from it; fewer where it has fewer.
-        seed: of the samples.
-        settings: how ``generate`` draws; copied into the result.
+        prompts: captions a split, picked by a hash; fewer where it has fewer.
+        seed: of the first picture; the next has the next one.
+        settings: what else ``generate`` depends on: options, a checksum of the weights. JSON.
+        features: those to judge by; by default the ones of the packages.
 
     Returns:
-        What ``eval.json`` holds: for each split and each of "samples", "reconstructions" and
-        "real", ``ridge`` (share whose own caption is found first, within five, within ten, by a
-        ridge map that never saw the concept; ``candidates`` of them), ``fd_efflite0`` and ``kid``
-        to the real pictures of the same captions, and ``copies`` (share within 22 dB of a training
-        picture); ``reconstruction`` has PSNR, SSIM and codebook usage.
+        What ``eval.json`` holds.
+
+    Raises:
+        ValueError: ``prompts`` below 2, or a split with fewer than two pictures.
+        ImportError, RuntimeError: the default features cannot be had.
     """
+    if prompts < 2:
+        raise ValueError(f"prompts={prompts}: expected at least 2")
     data, out = ImageTextDataset(dataset), Path(out)
-    network = load_efficientnet()
-    real = image_features(network, data.images, title="features of the set", progress=progress)
-    judge = _Judge(data, real)
-    train_rows = ImageTextDataset(dataset, "train").rows
-    train = torch.from_numpy(data.images[train_rows])
-    result = {
-        "settings": {"prompts": prompts, "seed": seed, **(settings or {})},
-        "reconstruction": {},
-        "splits": {},
-    }
-    shown: list[tuple[Image.Image, str]] = []
-    for chosen in [_choose(data, dataset, split, prompts) for split in SPLITS]:
-        captions = [data.pairs[row]["caption"] for row in chosen.rows]
-        pictures = {
-            "samples": np.stack([np.asarray(image) for image in generate(captions, seed)]),
-            "reconstructions": reconstructions(tokenizer, data.images[chosen.rows]),
-            "real": data.images[chosen.rows],
-        }
-        scores = {}
-        for kind, images in pictures.items():
-            features = real[chosen.rows]
-            if kind != "real":
-                features = image_features(network, images, title=kind, progress=progress)
-            nearest, _ = nearest_psnr(torch.from_numpy(images), train)
-            distance = kernel_distance(features, real[chosen.rows])
-            scores[kind] = {
-                "ridge": judge(chosen.rows, features),
-                "fd_efflite0": frechet_distance(features, real[chosen.rows]),
-                "kid": distance.mean,
-                "kid_std": distance.std,
-                "copies": (nearest >= COPY_PSNR).float().mean().item(),
-            }
-        result["splits"][chosen.split] = {"prompts": len(captions), **scores}
-        result["reconstruction"][chosen.split] = reconstruction_quality(
-            tokenizer, data, ImageTextDataset(dataset, chosen.split).rows
-        )
-        step = max(1, len(captions) // SHOWN)
-        for i in range(0, min(len(captions), SHOWN * step), step):
-            shown.append((Image.fromarray(pictures["samples"][i]), captions[i]))
+    chosen = {split: _choose(data, split, prompts) for split in SPLITS}
     out.mkdir(parents=True, exist_ok=True)
+
+    def sample(split: str) -> np.ndarray:
+        captions = [data.pairs[row]["caption"] for row in chosen[split]]
+        seeds = list(range(seed, seed + len(captions)))
+        inputs = [settings, tokenizer_checksum(tokenizer), captions, seeds]
+        return _samples(generate, captions, seeds, out / f"samples-{_key(inputs)}")
+
+    samples = {split: sample(split) for split in SPLITS}
+    rebuilt, codes = reconstruct(tokenizer, data.images, progress=progress)
+
+    if features is None:
+        features = load_features(progress=progress)
+        real = cached_features(data.checksum, lambda: features.images(data.images))
+    else:
+        real = features.images(data.images)
+    alignment = RidgeAlignment(data.pairs, real, features.texts)
+    train = rows_of(data.pairs, "train")
+    calibration = chosen["train"]
+    copies = CopyCheck(
+        _pixels(data.images[train]),
+        real[train],
+        _pixels(rebuilt[calibration]),
+        features.images(rebuilt[calibration]),
+    )
+    place = np.full(len(data.pairs), -1)  # of a row among the training pictures
+    place[train] = np.arange(len(train))
+
+    splits = {}
+    for split, rows in chosen.items():
+        others = np.setdiff1d(np.arange(len(data.pairs)), rows)
+        kinds = {
+            "samples": (samples[split], features.images(samples[split])),
+            "reconstructions": (rebuilt[rows], features.images(rebuilt[rows])),
+            "real": (data.images[rows], real[rows]),
+        }
+        splits[split] = {"prompts": len(rows)}
+        for kind, (images, found) in kinds.items():
+            kid, kid_std = kernel_distance(found, real[others])
+            own = torch.from_numpy(place[rows]) if kind == "real" else None
+            splits[split][kind] = {
+                **alignment(torch.from_numpy(rows), found),
+                "fd_efflite0": frechet_distance(found, real[others]),
+                "kid": kid,
+                "kid_std": kid_std,
+                **copies(_pixels(images), found, own),
+            }
+    result = {
+        "dataset": {"name": data.info["name"], "sha256": data.checksum},
+        "settings": {"prompts": prompts, "seed": seed, **(settings or {})},
+        "reconstruction": _reconstruction_quality(tokenizer, data, rebuilt, codes),
+        "ridge_alignment": {"candidates": alignment.candidates, "chance": alignment.chance()},
+        "near_copy": {"cosine": copies.cosine, "psnr": copies.psnr},
+        "splits": splits,
+    }
     write_json(out / "eval.json", result)
-    images, captions = zip(*shown, strict=True)
-    draw_grid(images, captions, columns=SHOWN).save(out / "eval.png")
+    save_image(_sheet(data, chosen, samples), out / "eval.png")
     return result
 
 
-class _Judge:
-    """Ridge alignment with every concept scored by a map that was fit without it."""
-
-    def __init__(self, data: ImageTextDataset, features: Tensor) -> None:
-        self.concepts = [pair["base"] for pair in data.pairs]
-        self.names = sorted(set(self.concepts))
-        described = {}
-        for pair in data.pairs:
-            described.setdefault(pair["base"], f"{pair['base']}: {', '.join(pair['tags'][:5])}")
-        self.texts = text_features([described[name] for name in self.names])
-        order = np.random.default_rng(0).permutation(len(self.names))
-        self.fold = np.empty(len(self.names), dtype=np.int64)
-        self.fold[order] = np.arange(len(self.names)) % FOLDS
-        index = {name: i for i, name in enumerate(self.names)}
-        self.concept = np.array([index[name] for name in self.concepts])
-        self.maps = []
-        for fold in range(FOLDS):
-            fit = self.fold[self.concept] != fold
-            self.maps.append(Ridge(features[fit], self.texts[self.concept[fit]]))
-
-    def __call__(self, rows: np.ndarray, features: Tensor) -> dict:
-        """Scores of pictures that were drawn for the captions of ``rows``."""
-        ranks, candidates = [], []
-        for fold in range(FOLDS):
-            mine = self.fold[self.concept[rows]] == fold
-            names = np.flatnonzero(self.fold == fold)
-            answers = np.searchsorted(names, self.concept[rows[mine]])
-            if len(answers):
-                ranks.append(
-                    self.maps[fold].ranks(
-                        features[mine], self.texts[names], torch.from_numpy(answers)
-                    )
-                )
-                candidates.append(len(names))
-        ranks = torch.cat(ranks)
-        within = {f"top{k}": (ranks < k).float().mean().item() for k in (1, 5, 10)}
-        return {**within, "candidates": max(candidates)}
-
-
-def _choose(data: ImageTextDataset, dataset: str | Path, split: str, prompts: int) -> Prompts:
-    """Rows spread evenly over a split."""
-    rows = ImageTextDataset(dataset, split).rows
-    if len(rows) < 2:
-        raise ValueError(f"{dataset}: split {split} has {len(rows)} pictures, expected at least 2")
-    picked = np.linspace(0, len(rows) - 1, min(prompts, len(rows))).round().astype(np.int64)
-    return Prompts(split, rows[picked])
-
-
 @torch.no_grad()
-def reconstructions(tokenizer: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """uint8 [N, S, S, 3] through the tokenizer and back."""
-    drawn = []
-    for first in range(0, len(images), BATCH):
-        pixels = to_float(torch.from_numpy(np.array(images[first : first + BATCH])))
-        decoded = tokenizer.decode(tokenizer.encode(pixels)).clamp(-1, 1)
-        drawn.append(((decoded + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    return np.concatenate(drawn)
+def reconstruct(
+    tokenizer: torch.nn.Module, images: np.ndarray, *, progress: bool = False
+) -> tuple[np.ndarray, Tensor]:
+    """(uint8 [N, S, S, 3], codes int64 [N, h, w]) of pictures through the tokenizer and back."""
+    from rich.progress import track
+
+    device = next(tokenizer.parameters()).device
+    drawn, codes = np.empty_like(images), []
+    starts = range(0, len(images), CHUNK)
+    for start in track(starts, "reconstructions", disable=not progress, transient=True):
+        part = slice(start, start + CHUNK)
+        found = tokenizer.encode(_pixels(images[part]).to(device))
+        pixels = (tokenizer.decode(found).clamp(-1, 1) + 1) * 127.5
+        drawn[part] = pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        codes.append(found.cpu())
+    return drawn, torch.cat(codes)
 
 
-@torch.no_grad()
-def reconstruction_quality(
-    tokenizer: torch.nn.Module, data: ImageTextDataset, rows: np.ndarray
-) -> dict:
-    """Mean PSNR and SSIM of pictures after the tokenizer, and the share of its codes in use."""
-    noise, structure, used = [], [], []
-    for first in range(0, len(rows), BATCH):
-        images = data.images[rows[first : first + BATCH]]
-        pixels = to_float(torch.from_numpy(images))
-        codes = tokenizer.encode(pixels)
-        decoded = tokenizer.decode(codes)
-        noise.append(psnr(decoded, pixels))
-        structure.append(ssim(decoded, pixels))
-        used.append(codes.flatten())
-    return {
-        "pictures": len(rows),
-        "psnr": torch.cat(noise).mean().item(),
-        "ssim": torch.cat(structure).mean().item(),
-        "codebook_usage": len(torch.cat(used).unique()) / tokenizer.num_codes,
-    }
-
-
-def summary(result: dict) -> str:
-    """The numbers of ``evaluate_model`` that matter most, as a Markdown table."""
-    lines = [
-        "| captions | pictures | found first | within ten | FD-EffLite0 | KID | copies |",
+def summary(result: dict[str, Any]) -> str:
+    """The numbers that matter most, as two Markdown tables."""
+    lines = ["| pictures of | PSNR, dB | SSIM | codes in use |", "|---|---|---|---|"]
+    for split, row in result["reconstruction"].items():
+        lines.append(f"| {split} | {row['psnr']:.2f} | {row['ssim']:.3f} | {row['usage']:.1%} |")
+    lines += [
+        "",
+        "| captions | pictures | found first | within ten | FD-EffLite0 | KID | near copies |",
         "|---|---|---|---|---|---|---|",
     ]
     for split, scores in result["splits"].items():
         for kind in ("samples", "reconstructions", "real"):
             row = scores[kind]
             lines.append(
-                f"| {split.replace('_', ' ')} | {kind} | {row['ridge']['top1']:.1%} | "
-                f"{row['ridge']['top10']:.1%} | {row['fd_efflite0']:.1f} | {row['kid']:.4f} | "
-                f"{row['copies']:.1%} |"
+                f"| {split} | {kind} | {row['top1']:.1%} | {row['top10']:.1%} | "
+                f"{row['fd_efflite0']:.1f} | {row['kid']:.4f} | {row['near_copies']:.1%} |"
             )
+    chance = result["ridge_alignment"]["chance"]
+    lines.append(f"| | chance | {chance['top1']:.1%} | {chance['top10']:.1%} | | | |")
     return "\n".join(lines)
 
 
-def read_result(path: str | Path) -> dict:
-    """What ``evaluate_model`` wrote."""
-    return json.loads(Path(path).read_text())
+def _choose(data: ImageTextDataset, split: str, prompts: int) -> np.ndarray:
+    """Rows of a split that look random and stay the same when ``prompts`` grows."""
+    rows = rows_of(data.pairs, split)
+    if len(rows) < 2:
+        raise ValueError(f"{data.path}: {len(rows)} pictures in {split}, expected at least 2")
+    by_hash = sorted(rows, key=lambda row: unit_hash(f"eval {data.pairs[row]['caption']} {row}"))
+    return np.array(by_hash[:prompts])
+
+
+def _samples(
+    generate: Generate, captions: Sequence[str], seeds: Sequence[int], folder: Path
+) -> np.ndarray:
+    """uint8 [N, S, S, 3]; drawn in chunks, of which those in ``folder`` are read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = []
+    for start in range(0, len(captions), CHUNK):
+        file = folder / f"{start:06d}.npy"
+        if not file.exists():
+            images = generate(captions[start : start + CHUNK], seeds[start : start + CHUNK])
+            write_array(file, np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        chunks.append(np.load(file))
+    return np.concatenate(chunks)
+
+
+def _reconstruction_quality(tokenizer, data, rebuilt: np.ndarray, codes: Tensor) -> dict[str, Any]:
+    """Mean PSNR and SSIM, and use of the codebook, for each split and for all."""
+    noise, structure = [], []
+    for start in range(0, len(rebuilt), CHUNK):
+        part = slice(start, start + CHUNK)
+        pair = _pixels(rebuilt[part]), _pixels(data.images[part])
+        noise.append(psnr(*pair))
+        structure.append(ssim(*pair))
+    noise, structure = torch.cat(noise), torch.cat(structure)
+    quality = {}
+    for split in (*SPLITS, None):
+        rows = torch.from_numpy(rows_of(data.pairs, split))
+        quality[split or "all"] = {
+            "pictures": len(rows),
+            "psnr": noise[rows].mean().item(),
+            "ssim": structure[rows].mean().item(),
+            **codebook_use(codes[rows], tokenizer.num_codes),
+        }
+    return quality
+
+
+def _sheet(data, chosen: dict[str, np.ndarray], samples: dict[str, np.ndarray]) -> Image.Image:
+    """For some captions of each split, what was drawn above what is real."""
+    titles, grids = [], []
+    for split, rows in chosen.items():
+        shown = rows[:SHOWN]
+        drawn = [Image.fromarray(image) for image in samples[split][: len(shown)]]
+        real = [Image.fromarray(data.images[row]) for row in shown]
+        captions = [data.pairs[row]["caption"] for row in shown] + ["(real)"] * len(shown)
+        titles.append(f"captions of the split {split}: drawn above, real below")
+        grids.append(draw_grid([*drawn, *real], captions, columns=len(shown)))
+    font, bar = ImageFont.load_default(16), 28
+    width = max(grid.width for grid in grids)
+    sheet = Image.new("RGB", (width, sum(grid.height + bar for grid in grids)), "white")
+    top = 0
+    for title, grid in zip(titles, grids, strict=True):
+        ImageDraw.Draw(sheet).text((6, top + bar - 4), title, "black", font, anchor="ls")
+        sheet.paste(grid, (0, top + bar))
+        top += bar + grid.height
+    return sheet
+
+
+def _pixels(images: np.ndarray) -> Tensor:
+    return to_float(torch.from_numpy(np.array(images)))
+
+
+def _key(inputs: object) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ class MiniLM:
         try:
             from transformers import BertConfig, BertModel
         except ImportError as error:
-            raise ImportError("text features need transformers: pip install t2i[eval]") from error
+            raise ImportError("text features need transformers: pip install t2i[hf]") from error
         import safetensors.torch
         from tokenizers import Tokenizer
 
