@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,13 +22,12 @@ from t2i.pipeline import T2I
 from t2i.text import TextTokenizer
 
 from .captions import make_text_tokenizer, vary_caption
-from .checkpoint import seed_generators
 from .config import LMTraining, checked
 from .data import DataOrder, LengthGroups, spread
-from .distributed import local_device, process_group, rank
-from .loop import Outcome, holds_run, load_run, train
+from .distributed import rank
+from .loop import Outcome, holds_run, load_run, run_task
+from .machine import autocast
 from .optim import Ema, adamw, apply_gradients, learning_rate, mean_metrics
-from .precision import autocast
 from .tokenizer import load_image_tokenizer
 
 TEXT, IMAGE = 1, 2  # what a position predicts; 0 is nothing
@@ -38,14 +36,7 @@ TEXT_TOKENIZER, MODEL = "text_tokenizer.json", "model.json"  # in the folder of 
 
 def train_lm(config: LMTraining, **options: Any) -> Outcome:
     """Train a language model as ``config`` says; ``options`` are those of ``loop.train``."""
-    device = local_device(config.run.device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    with process_group(device):
-        seed_generators(config.run.seed)
-        task = LMTask(config, device)
-        seed_generators(config.run.seed + rank())
-        return train(task, config.run, dataclasses.asdict(config), **options)
+    return run_task(LMTask, config, **options)
 
 
 def load_trained_lm(path: str | Path) -> tuple[TransformerLM, TextTokenizer, dict[str, Any]]:

@@ -14,13 +14,14 @@ what they would have been without the interruption (on the CPU, with the same nu
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,9 +34,17 @@ from torch import Tensor, nn
 
 from t2i.grid import save_image
 
-from .checkpoint import Checkpoint, load_latest, rng_state, save_checkpoint, set_rng_state
+from .checkpoint import (
+    Checkpoint,
+    load_latest,
+    rng_state,
+    save_checkpoint,
+    seed_generators,
+    set_rng_state,
+)
 from .config import Run, differences
-from .distributed import any_rank, gather, mean_over_ranks, rank
+from .distributed import any_rank, gather, local_device, mean_over_ranks, process_group, rank
+from .machine import prepare
 
 CHECKPOINTS = "checkpoints"
 
@@ -84,6 +93,18 @@ class Outcome:
 
     step: int
     stopped_by: str | None = None
+
+
+def run_task(build: Callable[[Any, torch.device], Task], config: Any, **options: Any) -> Outcome:
+    """Build a task from its configuration on the device that this asks for, and ``train`` it."""
+    run = config.run
+    device = local_device(run.device)
+    prepare(run.threads)
+    with process_group(device):
+        seed_generators(run.seed)  # equal weights on every rank
+        task = build(config, device)
+        seed_generators(run.seed + rank())
+        return train(task, run, dataclasses.asdict(config), **options)
 
 
 def train(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,17 @@ from t2i.grid import draw_grid
 from t2i.tokenizer import TOKENIZER_CONFIGS, build_tokenizer, load_tokenizer
 
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
-from .checkpoint import seed_generators
 from .config import TokenizerTraining, updated
 from .data import DataOrder, augmented, local_batch, spread
-from .distributed import local_device, process_group, rank
-from .loop import Outcome, holds_run, load_run, train
+from .loop import Outcome, holds_run, load_run, run_task
+from .machine import autocast
 from .optim import Ema, adamw, apply_gradients, learning_rate, mean_metrics
 from .perceptual import PerceptualLoss
-from .precision import autocast
 
 
 def train_tokenizer(config: TokenizerTraining, **options: Any) -> Outcome:
     """Train an image tokenizer as ``config`` says; ``options`` are those of ``loop.train``."""
-    device = local_device(config.run.device)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    with process_group(device):
-        seed_generators(config.run.seed)
-        task = TokenizerTask(config, device)
-        seed_generators(config.run.seed + rank())
-        return train(task, config.run, dataclasses.asdict(config), **options)
+    return run_task(TokenizerTask, config, **options)
 
 
 def load_image_tokenizer(path: str | Path, name: str | None = None) -> nn.Module:
