@@ -122,18 +122,18 @@ class VectorQuantizer(nn.Module):
         Raises:
             TypeError, ValueError: a wrong type or shape; NaN or infinity in z.
         """
-        with torch.autocast(z.device.type, enabled=False):
-            found = vq_nearest(z.float(), self.codebook, self.metric, return_counts=True)
-            vectors = self._normalize(z.float())
-            quantized = self._codes(found.indices)
-            loss = self._loss(vectors, quantized)
-            carrier = vectors
-            if self.gradient == "rotation":
-                carrier = rotate_onto(vectors, quantized.detach())
-            # The difference is exactly 0: the carrier lends its gradient and no rounding.
-            out = quantized.detach() + (carrier - carrier.detach())
-            if self.training:
-                self._learn(vectors.detach().flatten(0, -2), found.indices, found.counts)
+        # No operation below is one that autocast lowers.
+        found = vq_nearest(z.float(), self.codebook, self.metric, return_counts=True)
+        vectors = self._normalize(z.float())
+        quantized = self._codes(found.indices)
+        loss = self._loss(vectors, quantized)
+        carrier = vectors
+        if self.gradient == "rotation":
+            carrier = rotate_onto(vectors, quantized.detach())
+        # The difference is exactly 0: the carrier lends its gradient and no rounding.
+        out = quantized.detach() + (carrier - carrier.detach())
+        if self.training:
+            self._learn(vectors.detach().flatten(0, -2), found.indices, found.counts)
         return VQOutput(out.to(z.dtype), found.indices, loss)
 
     def encode(self, z: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,17 +25,13 @@ _MOVQGAN = VQGANConfig(
 )
 
 
-def _with(config: VQGANConfig, **changes) -> VQGANConfig:
-    return VQGANConfig(**{**asdict(config), **changes})
-
-
 TOKENIZER_CONFIGS: dict[str, Emoji64Config | VQGANConfig] = {
     "emoji64": Emoji64Config(),
     "llamagen-vq16": _LLAMAGEN,
-    "llamagen-vq8": _with(_LLAMAGEN, channel_multipliers=(1, 2, 2, 4)),
+    "llamagen-vq8": replace(_LLAMAGEN, channel_multipliers=(1, 2, 2, 4)),
     "movqgan-67m": _MOVQGAN,
-    "movqgan-102m": _with(_MOVQGAN, num_res_blocks=4),
-    "movqgan-270m": _with(_MOVQGAN, channels=256),
+    "movqgan-102m": replace(_MOVQGAN, num_res_blocks=4),
+    "movqgan-270m": replace(_MOVQGAN, channels=256),
 }
 _MODELS = {"emoji64": (Emoji64, Emoji64Config), "vqgan": (VQGAN, VQGANConfig)}
 
@@ -78,12 +74,12 @@ def save_tokenizer(
     os.replace(part, folder / "tokenizer.json")
 
 
-def load_tokenizer(path: str | Path, name: str | None = None) -> nn.Module:
+def load_tokenizer(path: str | Path, name: str | VQGANConfig | None = None) -> nn.Module:
     """Read what ``save_tokenizer`` wrote, or a published checkpoint, in fp32 on the CPU.
 
     Args:
         path: a folder with ``tokenizer.json``, or a LlamaGen or MoVQGAN checkpoint file.
-        name: of ``TOKENIZER_CONFIGS``; needed for a published checkpoint.
+        name: of ``TOKENIZER_CONFIGS``, or a configuration; needed for a published checkpoint.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
@@ -113,10 +109,14 @@ def load_tokenizer(path: str | Path, name: str | None = None) -> nn.Module:
     model, kind = _MODELS[description["kind"]]
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
     tokenizer = model(kind(**fields))
-    state = load_file(path / "tokenizer.safetensors")
-    tokenizer.load_state_dict(
-        {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
-    )
+    weights = path / "tokenizer.safetensors"
+    state = load_file(weights)
+    try:
+        tokenizer.load_state_dict(
+            {name: t.float() if t.is_floating_point() else t for name, t in state.items()}
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not fit {description_file}: {error}") from error
     return tokenizer.eval()
 
 

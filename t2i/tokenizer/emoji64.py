@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from t2i_kernels import VectorQuantizer, flash_attention
 from t2i_kernels.vector_quantizer import VQOutput
 
+from .checks import check_codes, check_images
+
 GROUPS = 16  # of every GroupNorm
 
 
@@ -56,19 +58,15 @@ class Emoji64(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> codes int64 [B, H/8, W/8]."""
-        return self.quantizer(self._latents(images)).indices
+        return self.quantizer.encode(self._latents(images))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, h, w] -> images [B, 3, 8h, 8w], not clamped."""
+        check_codes(codes)
         return self.decoder(self.quantizer.lookup(codes).permute(0, 3, 1, 2))
 
     def _latents(self, images: Tensor) -> Tensor:
-        _, channels, height, width = images.shape
-        if channels != 3 or height % self.downsampling or width % self.downsampling:
-            raise ValueError(
-                f"images: expected [B, 3, H, W] with H and W multiples of {self.downsampling}, "
-                f"got {tuple(images.shape)}"
-            )
+        check_images(images, self.downsampling)
         return self.encoder(images).permute(0, 2, 3, 1)
 
 

@@ -9,6 +9,7 @@ every norm of the decoder by the quantized map. Published checkpoints load throu
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,15 @@ from torch import Tensor, nn
 from t2i_kernels import VectorQuantizer, flash_attention
 from t2i_kernels.vector_quantizer import VQOutput
 
+from .checks import check_codes, check_images
+
 
 @dataclass(frozen=True)
 class VQGANConfig:
     """``channel_multipliers`` has one entry a level, each level at half the resolution of the one
-    before; attention stands on the last level. ``spatial_norm`` is MoVQGAN's modulated norm."""
+    before; attention stands on the last level. ``spatial_norm`` is MoVQGAN's modulated norm.
+    ``legacy_beta`` is how MoVQGAN was trained, see ``VectorQuantizer``; it changes the loss alone.
+    """
 
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -34,6 +39,7 @@ class VQGANConfig:
     code_dim: int = 8
     metric: str = "cosine"
     spatial_norm: bool = False
+    legacy_beta: bool = False
 
 
 class VQGAN(nn.Module):
@@ -47,7 +53,11 @@ class VQGAN(nn.Module):
         self.encoder = Encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
         self.quantizer = VectorQuantizer(
-            config.num_codes, config.code_dim, metric=config.metric, update="gradient"
+            config.num_codes,
+            config.code_dim,
+            metric=config.metric,
+            update="gradient",
+            legacy_beta=config.legacy_beta,
         )
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
         self.decoder = Decoder(config)
@@ -61,21 +71,22 @@ class VQGAN(nn.Module):
         """[B, 3, H, W] -> codes int64 [B, h, w].
 
         Raises:
-            ValueError: a size that ``downsampling`` does not divide.
+            TypeError, ValueError: a wrong type or shape, a size that ``downsampling`` does not
+                divide.
         """
-        return self.quantizer(self._latents(images)).indices
+        return self.quantizer.encode(self._latents(images))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] -> images [B, 3, H, W], not clamped."""
+        """Codes int64 [B, h, w] -> images [B, 3, H, W], not clamped.
+
+        Raises:
+            TypeError, ValueError, IndexError: a wrong type, shape or code.
+        """
+        check_codes(codes)
         return self._pixels(self.quantizer.lookup(codes))
 
     def _latents(self, images: Tensor) -> Tensor:
-        _, channels, height, width = images.shape
-        if channels != 3 or height % self.downsampling or width % self.downsampling:
-            raise ValueError(
-                f"images: expected [B, 3, H, W] with H and W multiples of {self.downsampling}, "
-                f"got {tuple(images.shape)}"
-            )
+        check_images(images, self.downsampling)
         return self.quant_conv(self.encoder(images)).permute(0, 2, 3, 1)
 
     def _pixels(self, quantized: Tensor) -> Tensor:
@@ -125,7 +136,8 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head over all positions."""
+    """Self-attention with one head over all positions, whose number grows with the size of the
+    picture: hence the operator that need not hold the matrix."""
 
     def __init__(self, channels: int, norm) -> None:
         super().__init__()
@@ -134,7 +146,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, quantized: Tensor | None = None) -> Tensor:
         y = self.norm(x, quantized)
-        # [B, C, h, w] -> [B, h·w, 1 head, C]
+        # [B, C, h, w] -> [B, h·w, 1 head, C], with C contiguous as the operator wants it
         q, k, v = (
             proj(y).flatten(2).transpose(1, 2).unsqueeze(2).contiguous()
             for proj in (self.q, self.k, self.v)
@@ -279,18 +291,16 @@ _RENAMES = [
     (r"\.proj_out\.", ".out."),
     (r"^quantize\.embedding\.weight$", "quantizer.codebook"),
 ]
-# Part of a training run, not of the model: LlamaGen's record of recent codes, losses and
-# discriminators.
-_NOT_OF_THE_MODEL = r"quantize\.codebook_used|loss\..*|discriminator\..*|perceptual_loss\..*"
+# What a training run keeps beside the model: LlamaGen's record of recent codes, losses with their
+# networks, MoVQGAN's averages (its own code decodes with the plain weights).
+_OF_TRAINING = r"quantize\.codebook_used|(loss|discriminator|perceptual_loss|ema_\w+)\..*"
 
 
 def rename(names: Iterable[str], config: VQGANConfig) -> dict[str, str]:
-    """Names of a published state dict -> names here, without what is not of the model."""
+    """Names of a published state dict -> names here."""
     levels = len(config.channel_multipliers)
     renamed = {}
     for name in names:
-        if re.fullmatch(_NOT_OF_THE_MODEL, name):
-            continue
         ours = name
         if name.startswith("decoder.up."):  # MoVQGAN counts from the highest resolution
             ours = re.sub(r"\.up\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", name)
@@ -303,22 +313,21 @@ def rename(names: Iterable[str], config: VQGANConfig) -> dict[str, str]:
 def load_published(config: VQGANConfig, path: str | Path) -> VQGAN:
     """Read a LlamaGen or MoVQGAN checkpoint (.pt, .ckpt, .pth or .safetensors), fp32 on the CPU.
 
+    What belongs to its training and not to the model is left out, with a warning; LlamaGen's
+    ``quantize.codebook_used``, which every file of theirs has, without.
+
     Raises:
         FileNotFoundError: nothing at ``path``.
         ValueError: weights that are missing, left over or of another shape, each named.
     """
     path = Path(path)
-    tensors = _read(path)
+    tensors = _without_training_state(_read(path), path)
     names = rename(tensors, config)
     with torch.device("meta"):
         model = VQGAN(config)
-    # The quantizer's training state is not published: it starts anew.
-    fresh = VectorQuantizer(
-        config.num_codes, config.code_dim, metric=config.metric, update="gradient"
-    ).state_dict()
-    state = {f"quantizer.{name}": value for name, value in fresh.items()}
-    del state["quantizer.codebook"]
-    expected = {name: t.shape for name, t in model.state_dict().items() if name not in state}
+    # All buffers are the quantizer's counters, which start at 0.
+    counters = {name: torch.zeros_like(t, device="cpu") for name, t in model.named_buffers()}
+    expected = {name: t.shape for name, t in model.state_dict().items() if name not in counters}
     found = {ours: tensors[theirs].float() for theirs, ours in names.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{theirs} is unknown" for theirs, ours in names.items() if ours not in expected]
@@ -330,8 +339,18 @@ def load_published(config: VQGANConfig, path: str | Path) -> VQGAN:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path} does not fit the configuration: {'; '.join(problems[:8])}{more}")
-    model.load_state_dict({**state, **found}, assign=True)
+    model.load_state_dict({**counters, **found}, assign=True)
     return model.eval()
+
+
+def _without_training_state(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    left_out = [name for name in tensors if re.fullmatch(_OF_TRAINING, name)]
+    groups = {name.split(".")[0] for name in left_out if name != "quantize.codebook_used"}
+    if groups:
+        warnings.warn(
+            f"{path}: not of the model, left out: {', '.join(sorted(groups))}", stacklevel=4
+        )
+    return {name: value for name, value in tensors.items() if name not in left_out}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -350,11 +369,9 @@ def _read(path: Path) -> dict[str, Tensor]:
                 f"{path} is not a file of plain tensors ({type(error).__name__}); pickled objects "
                 "are not loaded: save its state dict alone and try again"
             ) from error
-    for container in ("ema", "model", "state_dict"):  # LlamaGen publishes "ema" or "model"
-        if isinstance(tensors.get(container), dict):
+    for container in ("ema", "model", "state_dict"):  # LlamaGen's own order of preference
+        if isinstance(tensors, dict) and isinstance(tensors.get(container), dict):
             tensors = tensors[container]
-    return {
-        name.removeprefix("module."): value
-        for name, value in tensors.items()
-        if isinstance(value, Tensor)
-    }
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{path} holds no state dict")
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): t for name, t in tensors.items()}

@@ -289,6 +289,15 @@ def test_restarts_follow_torchs_generator():
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
+def test_one_vector_keeps_a_code_alive():
+    vq = quantizer(update="gradient", restart_after=2)
+    before = vq.codebook.detach().clone()
+    for _ in range(5):
+        vq(before[:3])
+    assert torch.equal(vq.codebook[:3], before[:3])
+    assert not torch.isclose(vq.codebook, before).all(dim=1)[3:].any()
+
+
 def test_zero_never_restarts():
     vq = quantizer(update="gradient", restart_after=0)
     before = vq.codebook.detach().clone()
@@ -376,9 +385,9 @@ def test_a_saved_quantizer_continues_to_the_bit(options, tmp_path):
     assert other.usage() == vq.usage() and other.perplexity() == vq.perplexity()
 
 
-@every_mode
-def test_compiles_whole(options):
-    compiled = quantizer(**options, restart_after=2)
+@pytest.mark.parametrize("mode", ["l2-ema", "cosine-gradient"])
+def test_compiles_whole(mode):
+    compiled = quantizer(**MODES[mode], restart_after=2)
     eager = copy.deepcopy(compiled)
     run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for step, z in enumerate(batches(4, 9)):
