@@ -54,20 +54,7 @@ def build_emoji(
     """
     if not 8 <= size <= 512:
         raise ValueError(f"size={size}: expected 8 to 512 pixels")
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise ImportError("drawing the emoji set needs resvg_py: pip install t2i[data]") from error
-
-    def draw(svg: str) -> Image.Image:
-        png = resvg_py.svg_to_bytes(
-            svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True
-        )
-        drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-        white = Image.new("RGBA", drawn.size, "white")
-        white.alpha_composite(drawn)
-        return white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-
+    _renderer()  # an error now, not one a picture
     files = {key: packages.fetch(key, archives) for key in (*STYLES, "emojibase")}
     entries = emoji_entries(files, tones)
     info = {
@@ -77,7 +64,33 @@ def build_emoji(
         "drawing": DRAWING,
         "sources": [packages.PACKAGES[key].describe() for key in files],
     }
-    return build_dataset(Path(path), entries, draw, size=size, info=info, progress=progress)
+    return build_dataset(
+        Path(path),
+        entries,
+        lambda svg: draw_svg(svg, size),
+        size=size,
+        info=info,
+        progress=progress,
+    )
+
+
+def draw_svg(svg: str, size: int) -> Image.Image:
+    """An icon on white, RGB, ``size`` pixels a side; drawn at twice that and reduced."""
+    png = _renderer().svg_to_bytes(
+        svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True
+    )
+    drawn = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    white = Image.new("RGBA", drawn.size, "white")
+    white.alpha_composite(drawn)
+    return white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _renderer():
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ImportError("drawing the emoji set needs resvg_py: pip install t2i[data]") from error
+    return resvg_py
 
 
 def emoji_entries(files: dict[str, Path], tones: bool) -> list[Entry]:
