@@ -113,6 +113,12 @@ def lattice(n, k, d):
     return z + 1000, torch.randint(-2, 3, (k, d)).float() + 1000
 
 
+def far_lattice(n, k, d):
+    """The same where |z|² and |c|² are 2⁵⁶ and more, beyond the integers of fp64."""
+    z, codes = 2 * torch.randint(-2, 3, (n, d)) + 1, 2 * torch.randint(-2, 3, (k, d))
+    return 2.0**28 + 32 * z, 2.0**28 + 32 * codes
+
+
 def identical(n, k, d):
     return torch.randn(n, d).half().float(), torch.full((k, d), 0.25)
 
@@ -130,7 +136,7 @@ def check_data(backend):
 
 def check_ties(backend):
     """The lowest index among equals."""
-    for kind in (duplicated, lattice, identical):
+    for kind in (duplicated, lattice, far_lattice, identical):
         for size in SIZES:
             compare(backend, *kind(*size), "l2", exact=True)
 
@@ -147,9 +153,12 @@ def check_cosine_ties(backend):
 def check_cosine_ignores_length(backend):
     z, codes = gaussian(100, 50, 4)
     scaled = 2.0 ** torch.randint(-20, 20, (50, 1)) * codes
-    calls = (z, codes), (z, scaled), (z * 2.0**60, codes)
-    indices = [vq_nearest(*call, "cosine", backend=backend) for call in calls]
-    assert torch.equal(indices[0], indices[1]) and torch.equal(indices[0], indices[2])
+    calls = [(z, scaled), (z * 2.0**60, codes)]
+    if backend == "reference":  # squares underflow fp64 too
+        calls.append((z.double() * 2.0**-700, codes.double() * 2.0**-700))
+    expected = vq_nearest(z, codes, "cosine", backend=backend)
+    for call in calls:
+        assert torch.equal(vq_nearest(*call, "cosine", backend=backend), expected)
 
 
 def check_many_codes(backend):
