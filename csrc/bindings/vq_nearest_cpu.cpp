@@ -72,12 +72,12 @@ std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::st
   Tensor distance = torch::stable::empty(return_distance ? batch : none, ScalarType::Float);
   Tensor counts = torch::stable::empty(return_counts ? per_code : none, ScalarType::Long);
   torch::stable::zero_(counts);
-  if (n == 0) return {indices, distance, counts};
+  if (num_codes == 0) return {indices, distance, counts};
 
   const VqKernels& kernels = vq_kernels();
-  VqCodebook book{codes.const_data_ptr<float>(), num_codes, dim,
+  const int64_t blocks = (num_codes + kBlock - 1) / kBlock;
+  VqCodebook book{codes.const_data_ptr<float>(), num_codes, blocks, dim,
                   metric == "l2" ? Metric::l2 : Metric::cosine};
-  const int64_t blocks = book.num_blocks();
   std::vector<double> center(dim);
   const std::unique_ptr<float[]> packed(new float[blocks * dim * kBlock]);
   std::vector<float> half_norm(blocks * kBlock), error_base(blocks), error_slope(blocks);
@@ -90,6 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::st
   const int64_t bad_code = kernels.center(book);
   check(bad_code < 0, "codebook holds NaN or infinite values, in row ", bad_code, " of ", num_codes,
         ": no distance is defined");
+  if (n == 0) return {indices, distance, counts};
 
   // A thread gets work for some 20 us at least, several times what it costs to wake it.
   constexpr int64_t kGrain = 1 << 19;
@@ -103,9 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> vq_nearest(Tensor z, Tensor codebook, std::st
   int64_t* index_data = indices.mutable_data_ptr<int64_t>();
   float* distance_data = return_distance ? distance.mutable_data_ptr<float>() : nullptr;
   const int64_t tiles = (n + kQueries - 1) / kQueries;
+  const int64_t tile_cost = kQueries * blocks * kBlock * (dim + 1);
   std::atomic<int64_t> bad_row{n};
   torch::stable::parallel_for(
-      0, tiles, kGrain / (blocks * kBlock * (dim + 1)) + 1, [&](int64_t begin, int64_t end) {
+      0, tiles, kGrain / tile_cost + 1, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<double[]> workspace(new double[kernels.search_workspace(book)]);
         const int64_t bad =
             kernels.search(book, z_data, n, begin, end, index_data, distance_data, workspace.get());

@@ -296,9 +296,9 @@ void measure_block(const VqCodebook& codebook, int64_t b, int64_t q, Tile& tile)
 template <int R>
 void search_tile(const VqCodebook& codebook, Tile& tile) {
   constexpr int64_t width = R * kLanes;
-  for (int64_t begin = 0; begin < codebook.num_blocks(); begin += kPanel) {
+  for (int64_t begin = 0; begin < codebook.num_blocks; begin += kPanel) {
     const int64_t last = begin + kPanel;
-    const int64_t end = last < codebook.num_blocks() ? last : codebook.num_blocks();
+    const int64_t end = last < codebook.num_blocks ? last : codebook.num_blocks;
     score_blocks<R>(codebook, begin, end, tile);
     for (int r = 0; r < R; ++r) {
       const Vec norms = Vec::loadu(tile.norms + r * kLanes);

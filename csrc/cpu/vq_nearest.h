@@ -37,6 +37,7 @@ constexpr int64_t kQueries = 64;  // vectors a tile, the unit that search() is c
 struct VqCodebook {
   const float* codes;  // [num_codes, dim], contiguous
   int64_t num_codes;
+  int64_t num_blocks;  // ceil(num_codes / kBlock)
   int64_t dim;
   Metric metric;
 
@@ -46,8 +47,6 @@ struct VqCodebook {
   float* half_norm;    // [num_blocks, kBlock], of the packed point squared; inf without a code
   float* error_base;   // [num_blocks]: the error of a score is at most
   float* error_slope;  // [num_blocks]      error_base + |query| error_slope
-
-  int64_t num_blocks() const { return (num_codes + kBlock - 1) / kBlock; }
 };
 
 struct VqKernels {

@@ -27,7 +27,10 @@ def build_info() -> dict:
     of a library, ``compiler``, ``flags``, ``capabilities`` and ``torch``."""
     if not BUILD_INFO.is_file():
         return {"backend": None, "reason": "the package was imported without being installed"}
-    return json.loads(BUILD_INFO.read_text())
+    try:
+        return json.loads(BUILD_INFO.read_text())
+    except ValueError:
+        return {"backend": None, "reason": f"{BUILD_INFO} is damaged: install the package again"}
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
@@ -39,10 +42,10 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     try:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        library.t2i_cpu_capability.restype = ctypes.c_char_p
+        library.t2i_set_cpu_capability.argtypes = [ctypes.c_char_p]
+    except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
         return None, f"{LIBRARY.name} does not load: {error}"
-    library.t2i_cpu_capability.restype = ctypes.c_char_p
-    library.t2i_set_cpu_capability.argtypes = [ctypes.c_char_p]
     forced = os.environ.get("T2I_CPU_CAPABILITY", "")
     if library.t2i_set_cpu_capability(forced.encode()) != 0:
         have = ", ".join(_available(library))

@@ -118,6 +118,7 @@ def register(op: str, backend: Backend) -> None:
     entry = _ops[op]
     entry.backends[backend.name] = backend
     entry.backends = {name: entry.backends[name] for name in ORDER if name in entry.backends}
+    entry.missing.pop(backend.name, None)
     reason = backend.available()
     if reason is not None:
         entry.missing[backend.name] = reason
@@ -215,7 +216,16 @@ def _fall_back(op: str, entry: _Op, call: tuple) -> None:
         raise BackendError(f"{op}: T2I_STRICT=1 forbids the reference; " + "; ".join(reasons))
     if (op, *reasons) not in _warned:
         _warned.add((op, *reasons))
-        warnings.warn(f"{op} runs on the slow reference: " + "; ".join(reasons), stacklevel=4)
+        _warn(f"{op} runs on the slow reference: " + "; ".join(reasons))
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: run while tracing,
+# since a graph cannot hold a warning.
+_warn._dynamo_marked_constant = True
 
 
 def _known(name: str, source: str) -> str:

@@ -212,6 +212,19 @@ def check_int8(backend):
             cache.advance(n)
 
 
+def check_int8_beside_fp64(backend):
+    """The cache is what it is; what attends to it is in the type of q."""
+    q, k, v = tokens(2, 12, 4, 2, 32)
+    caches = [poisoned(2, 12, 2, 32, torch.int8) for _ in range(2)]
+    skip_unless_supported(
+        backend, "decode_attention", q.double(), k.double(), v.double(), caches[0]
+    )
+    single = decode_attention(q, k, v, caches[0], backend=backend)
+    double = decode_attention(q.double(), k.double(), v.double(), caches[1], backend=backend)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-6)
+
+
 def check_int8_is_near(backend):
     """Attention through the quantized cache is the exact one within a percent or so."""
     q, k, v = tokens(2, 12, 4, 2, 32)
@@ -334,6 +347,7 @@ def check_out_of_range(backend):
 CHECKS = [
     check_steps, check_heads, check_rotary, check_relative_positions, check_padding,
     check_padding_may_hold_anything, check_low_precision, check_int8, check_int8_is_near,
+    check_int8_beside_fp64,
     check_huge_and_structured, check_one_by_one, check_going_back, check_batch_independence,
     check_strides, check_empty, check_nothing_is_differentiated, check_out_of_range,
 ]  # fmt: skip
@@ -473,6 +487,13 @@ BAD_CALLS = {
     "start's shape": (
         (Q, N, N, changed(start=torch.zeros(3, dtype=torch.int32))), {}, ValueError,
         r"cache.start: expected \[2\], got \(3,\)",
+    ),
+    "cos no tensor": (
+        (Q, N, N, changed()), dict(rotary_cos=1.0, rotary_sin=COS), TypeError,
+        "rotary_cos: expected a tensor, got float",
+    ),
+    "k no tensor": (
+        (Q, N, N, changed(k=None)), {}, TypeError, "cache.k: expected a tensor, got NoneType",
     ),
     "cos alone": ((Q, N, N, changed()), dict(rotary_cos=COS), ValueError, "give both or none"),
     "wide table": (

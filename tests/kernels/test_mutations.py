@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ import test_flash_attention
 import test_vq_nearest
 
 from t2i_kernels import checks
+from t2i_kernels import vector_quantizer as quantizer
 from t2i_kernels.decode_attention import api as decode_api
 from t2i_kernels.decode_attention import cache
 from t2i_kernels.decode_attention import reference as decode
@@ -52,6 +54,7 @@ FLASH = {
         "lse, dlse = (torch.where(unseeing, 0, t) for t in (lse, dlse))",
         "lse = torch.where(unseeing, 0, lse)",
     ),
+    "NaN from dout of such rows": (flash, "do = torch.where(unseeing[..., None], 0, do)", "pass"),
     "NaN swallowed": (flash, "return p @ v, log", "return (p @ v).nan_to_num(), log"),
     "sums in the inputs' type": (flash, "torch.float64 else torch.float32", "0 else x.dtype"),
     "last sequence dropped": (flash, "(values[:-1], values[1:],", "(values[:-2], values[1:-1],"),
@@ -107,7 +110,11 @@ DECODE = {
         "x.abs().amax(dim=-1)",
         "x.abs().amax(dim=(-2, -1))[..., None].expand(x.shape[:-1])",
     ),
-    "int8 read without scale": (decode, "cache.float() * scale[..., None]", "cache.float() / 127"),
+    "int8 read without scale": (
+        decode,
+        "(cache.float() * scale[..., None])",
+        "(cache.float() / 127)",
+    ),
     "int8 scale not kept": (decode, "new, scales[row, slots] =", "new, _ ="),
     "lengths advanced": (decode, "    out, _ = attend(", "    seqlens += tokens; out, _ = attend("),
     "full cache unnoticed": (decode, "or high >= max_seqlen", "or high > max_seqlen"),
@@ -148,6 +155,46 @@ NEAREST = {
     "gradient pretended": (nearest_api, "z.detach(), codebook.detach()", "z, codebook"),
     "counts always returned": (nearest_api, "counts if return_counts else None", "counts"),
 }
+QUANTIZER = {
+    "beta on the wrong term": (
+        quantizer, "codebook + self.beta * commitment", "self.beta * codebook + commitment"
+    ),
+    "legacy beta ignored": (
+        quantizer, "commitment + self.beta * codebook", "self.beta * commitment + codebook"
+    ),
+    "commitment not weighted": (
+        quantizer, "return self.beta * commitment", "return 1.0 * commitment"
+    ),
+    "commitment pulls the codes": (
+        quantizer, "F.mse_loss(vectors, quantized.detach())", "F.mse_loss(vectors, quantized)"
+    ),
+    "codes pull the vectors": (
+        quantizer, "F.mse_loss(quantized, vectors.detach())", "F.mse_loss(quantized, vectors)"
+    ),
+    "no gradient through": (
+        quantizer, "(carrier - carrier.detach())", "(carrier - carrier).detach()"
+    ),
+    "rotation without its scale": (quantizer, "turned = scale * (z", "turned = (z"),
+    "rotation turned back": (quantizer, "+ 2 * q_unit * along_z", "- 2 * q_unit * along_z"),
+    "opposites rotated": (quantizer, "& (r_norm > 1e-6)", ""),
+    "sums not decayed": (quantizer, "lerp_(sums, 1 - self", "lerp_(sums, self"),
+    "counts not decayed": (quantizer, "dtype), 1 - self.ema_decay)", "dtype), self.ema_decay)"),
+    "means not normalised": (quantizer, "self._normalize(means)", "means"),
+    "unused codes die": (quantizer, "alive = self.ema_counts > 1e-20", "alive = counts >= 0"),
+    "restart keeps its sums": (
+        quantizer,
+        "self.ema_sums.copy_(torch.where(dead[:, None], seeds, self.ema_sums))",
+        "pass",
+    ),
+    "restart keeps its counts": (quantizer, "self.ema_counts.masked_fill_(dead, 1)", "pass"),
+    "restart one batch late": (quantizer, "stale >= self.restart", "stale > self.restart"),
+    "use forgotten": (quantizer, "torch.where(counts > 0, 0, self.stale + 1)", "self.stale + 1"),
+    "restarted codes stay stale": (quantizer, "self.stale.masked_fill_(dead, 0)", "pass"),
+    "learns while evaluating": (quantizer, "if self.training:", "if True:"),
+    "window of one half": (
+        quantizer, "torch.where(full, self.window_counts[0], self.window_counts[1])", "0"
+    ),
+}  # fmt: skip
 SUITES = {
     "flash_attention": (FLASH, test_flash_attention.CHECKS),
     "decode_attention": (DECODE, test_decode_attention.CHECKS),
@@ -175,6 +222,8 @@ def codes_of(code: CodeType, prefix: str = "") -> Iterator[tuple[str, CodeType]]
 def functions_of(owner, prefix: str = "") -> Iterator[tuple[str, FunctionType]]:
     for name, value in vars(owner).items():
         value = getattr(value, "__func__", value)  # of a class method
+        if isinstance(value, FunctionType):
+            value = inspect.unwrap(value)  # of torch.no_grad
         if (
             isinstance(value, type)
             and inspect.ismodule(owner)
@@ -199,3 +248,12 @@ def test_planted_bug_is_caught(op, name, monkeypatch):
         except (AssertionError, pytest.fail.Exception):
             return
     pytest.fail("no check noticed")
+
+
+@pytest.mark.parametrize("name", QUANTIZER)
+def test_planted_bug_in_the_quantizer_is_caught(name, monkeypatch):
+    plant(monkeypatch, *QUANTIZER[name])
+    path = Path(__file__).with_name("test_vector_quantizer.py")
+    slow = "not compiles and not two_processes"
+    arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-k", slow, str(path)]
+    assert pytest.main(arguments) == pytest.ExitCode.TESTS_FAILED

@@ -171,6 +171,24 @@ def test_each_new_reason_warns(op):
         chosen(GPU_CALL)
 
 
+def test_falling_back_warns_from_a_compiled_function_too(op):
+    op("reference")
+
+    def model(x):
+        return x + 1 if registry.select("op", None, GPU_CALL).name == "reference" else x
+
+    with pytest.warns(UserWarning, match="op runs on the slow reference"):
+        assert torch.compile(model, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
+def test_registered_again_it_may_be_there(op):
+    op("reference")
+    op("cpu", missing="not built")
+    assert chosen() == "reference"
+    op("cpu")
+    assert chosen() == "cpu"
+
+
 def test_no_warning_on_the_cpu_or_where_it_was_asked_for(op):
     op("reference")
     with warnings.catch_warnings():

@@ -114,9 +114,11 @@ def lattice(n, k, d):
 
 
 def far_lattice(n, k, d):
-    """The same where |z|² and |c|² are 2⁵⁶ and more, beyond the integers of fp64."""
+    """The same where fp64 holds the distances, but neither |c|² nor z·c: a unit of one dimension is
+    2²⁰ of another."""
     z, codes = 2 * torch.randint(-2, 3, (n, d)) + 1, 2 * torch.randint(-2, 3, (k, d))
-    return 2.0**28 + 32 * z, 2.0**28 + 32 * codes
+    unit = 2.0 ** torch.linspace(-10, 10, d).round()
+    return unit * (2.0**22 + z), unit * (2.0**22 + codes)
 
 
 def identical(n, k, d):

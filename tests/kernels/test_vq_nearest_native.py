@@ -230,22 +230,29 @@ def test_layouts(capability):
     assert torch.equal(expanded, flat[0][0].expand(9))
 
 
-def test_same_bits_with_every_thread_count_and_instruction_set():
+@pytest.mark.parametrize("metric", METRICS)
+def test_same_bits_with_every_thread_count_and_instruction_set(metric):
     torch.manual_seed(6)
-    before = torch.get_num_threads()
-    for metric in METRICS:
-        z, codes = equidistant(1000, 700, 8)
+    # Enough of each for several threads: of vectors, and of codes to pack.
+    for z, codes in (equidistant(1000, 700, 8), gaussian(2000, 7500, 8)):
         results = []
-        try:
-            for name in CAPABILITIES:
-                for threads in (1, 2, 5):
-                    torch.set_num_threads(threads)
-                    with native.use_cpu_capability(name):
-                        results.append(nearest(z, codes, metric))
-        finally:
-            torch.set_num_threads(before)
+        for name in CAPABILITIES:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)  # back to one behind each test: conftest.py
+                with native.use_cpu_capability(name):
+                    results.append(nearest(z, codes, metric))
         for result in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_first_bad_row_is_named_whichever_thread_finds_it(threads):
+    torch.set_num_threads(threads)
+    z, codes = gaussian(2000, 7500, 8)
+    z[[1900, 700, 100], 3] = float("nan")
+    for _ in range(5):
+        with pytest.raises(ValueError, match="in row 100 of 2000"):
+            nearest(z, codes, "l2")
 
 
 def test_what_is_not_asked_for_is_empty(capability):
@@ -258,6 +265,8 @@ def test_empty(capability):
     indices, distance, counts = nearest(torch.empty(2, 0, 8), torch.randn(5, 8), "l2")
     assert indices.shape == distance.shape == (2, 0) and counts.tolist() == [0] * 5
     assert nearest(torch.empty(0, 8), torch.empty(0, 8), "l2")[0].shape == (0,)
+    with pytest.raises(ValueError, match="codebook holds NaN"):
+        nearest(torch.empty(0, 8), torch.full((5, 8), float("nan")), "l2")
     indices, distance, _ = nearest(torch.empty(3, 0), torch.empty(2, 0), "l2")
     assert indices.tolist() == distance.tolist() == [0, 0, 0]
 

@@ -32,7 +32,7 @@ MUTATIONS = {
     "zero vector ignored": ("norm2 += scale * scale", "norm2 += 0", "oracle"),
     "first candidate taken": (INNER, INNER.replace("&= lanes - 1", "= 0"), "oracle"),
     "last block dropped": (BLOCKS, BLOCKS.replace("end;", "end - 1;"), "oracle"),
-    "last panel dropped": ("begin < codebook.num_blocks(); b", "begin < kPanel; b", "panel"),
+    "last panel dropped": ("begin < codebook.num_blocks; b", "begin < kPanel; b", "panel"),
     "overflow unguarded": ("if (largest <= 0x1p60)", "if (true)", "oracle"),
     "NaN let through": ("if (!is_finite(row, dim))", "if (false)", "finite"),
     "next row read": ("row = z + q * dim", "row = z + (q ? q - 1 : 0) * dim", "oracle"),

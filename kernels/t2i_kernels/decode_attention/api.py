@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import (
     check_device,
+    check_floating,
     check_groups,
     check_heads,
     check_indices,
@@ -138,6 +139,9 @@ def _check_tokens(q, k_new, v_new) -> None:
 
 def _check_cache(q, k_new, k, v, k_scale, v_scale, seqlens, start) -> None:
     batch, _, kv_heads, head_dim = k_new.shape
+    for name, buffer in (("cache.k", k), ("cache.v", v)):
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(buffer).__name__}")
     if k.dim() != 4 or k.shape[0] != batch or k.shape[2:] != k_new.shape[2:]:
         raise ValueError(
             f"cache.k: expected {(batch, 'slots', kv_heads, head_dim)} for k_new "
@@ -175,6 +179,7 @@ def _check_cache_scale(name: str, scale: Tensor | None, k: Tensor) -> None:
 
 
 def _check_rotary(name: str, table: Tensor, cos: Tensor, q: Tensor) -> None:
+    check_floating(name, table)
     if table.dtype != torch.float32:
         raise TypeError(f"{name}: expected float32, got {table.dtype}")
     if table.dim() != 2 or 2 * table.shape[1] > q.shape[3]:

@@ -59,6 +59,12 @@ class KVCache:
         """Slots a row."""
         return self.k.shape[1]
 
+    def first(self, rows: int) -> KVCache:
+        """The first ``rows`` rows, in the same memory."""
+        scales = (None if s is None else s[:rows] for s in (self.k_scale, self.v_scale))
+        tensors = (t[:rows] for t in (self.k, self.v, self.seqlens, self.start))
+        return KVCache(*tensors, *scales)
+
     def advance(self, tokens: int) -> None:
         """Keep the ``tokens`` slots that ``decode_attention`` wrote last; negative goes back."""
         self.seqlens += tokens

@@ -50,7 +50,7 @@ def decode_attention(
     if window >= 0:
         seen &= slot >= slots[..., None] - window
     k, v = (
-        _read(cache[:, :longest], None if scales is None else scales[:, :longest])
+        _read(cache[:, :longest], None if scales is None else scales[:, :longest], q.dtype)
         for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
     )
     # An unused slot may hold NaN, and 0 · NaN is NaN: a mask on the scores is not enough for v.
@@ -82,8 +82,10 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round(), scale
 
 
-def _read(cache: Tensor, scale: Tensor | None) -> Tensor:
-    return cache if scale is None else cache.float() * scale[..., None]
+def _read(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if scale is None:
+        return cache
+    return (cache.float() * scale[..., None]).to(torch.promote_types(dtype, torch.float32))
 
 
 def _check_indices(slots: Tensor, first: Tensor, max_seqlen: int, rotary: Tensor | None) -> None:

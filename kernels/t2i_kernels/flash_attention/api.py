@@ -40,7 +40,7 @@ def flash_attention(
     Source: FlashAttention-2 (arXiv 2307.08691). Query i of Lq stands at key i + Lk − Lq: the last
     query sees every key, also where the lengths differ. Sums are kept in fp32. A row that sees no
     key gives 0, logsumexp −inf and no gradient. NaN in an input reaches the rows that attend to it,
-    which a gradient scaler relies on.
+    which a gradient scaler relies on; whether it reaches others of its sequence is left open.
 
     Args:
         q: [B, Lq, H, D], or packed [total_q, H, D]; fp32, bf16 or fp16 (the reference also fp64).
@@ -92,8 +92,8 @@ def _bind(
     cu_seqlens_k=None,
     return_lse=False,
 ) -> tuple:
-    if len(window) != 2:
-        raise ValueError(f"window: expected (left, right), got {window}")
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise ValueError(f"window: expected (left, right), got {window!r}")
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, *window, softcap, scale)
     if scale is None:
         scale = default_scale(q)

@@ -114,6 +114,7 @@ def _backward(dout, dlogsumexp, q, k, v, out, logsumexp, causal, window, softcap
     lse, dlse = (t.reshape(qh.shape[:3]) for t in (logsumexp, dlogsumexp))
     unseeing = lse == -torch.inf  # p is 0 there, which 0 · NaN or −inf − −inf would undo
     lse, dlse = (torch.where(unseeing, 0, t) for t in (lse, dlse))
+    do = torch.where(unseeing[..., None], 0, do)
 
     scores = _scores(qh, kh, softcap, scale)
     p = (scores - lse[..., None]).exp_()
