@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -135,12 +136,6 @@ class T2I:
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "image_size": list(self.image_size),
-            "grid": list(self.grid),
-            "special_tokens": {
-                "endoftext": self.text.endoftext_id,
-                "image": self.text.image_id,
-                "pad": self.text.pad_id,
-            },
         }
         _write(path / "model.json", json.dumps(description, indent=2) + "\n")
 
@@ -164,9 +159,9 @@ class T2I:
             prompts: one caption or several, of any lengths.
             n: pictures a prompt.
             seed: picture i of every prompt has seed + i, and depends on that, its prompt and the
-                options alone: picture 3 of ``seed=0`` is picture 0 of ``seed=3``. A sequence has
-                one for each prompt.
-            batch_size: pictures drawn together; bounds memory, changes no picture.
+                options alone, up to the rounding that ``sampling`` tells of: picture 3 of
+                ``seed=0`` is picture 0 of ``seed=3``. A sequence has one for each prompt.
+            batch_size: pictures drawn together; bounds memory.
             progress: True shows a bar; a function is called with (tokens done, tokens in all).
             cfg, temperature, top_k, top_p, backend: see ``sampling.sample_codes``.
 
@@ -182,7 +177,7 @@ class T2I:
             raise ValueError(f"n={n}: expected at least 1 picture a prompt")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1")
-        seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
+        seeds = [int(seed)] * len(rows) if isinstance(seed, Integral) else list(map(int, seed))
         if len(seeds) != len(rows):
             raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
         work = [(row, first + i) for row, first in zip(rows, seeds, strict=True) for i in range(n)]

@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,8 @@ def sample_codes(
         unconditional: the prompt without a caption. Needed for guidance, except with a prefix,
             where the model has its own.
         cfg: guidance scale s: logits are uncond + s (cond − uncond). 1 is off, and then the
-            unconditional half is not computed. A list of h·w numbers is a schedule over the tokens.
+            unconditional half is not computed. A list of h·w numbers is a schedule over the tokens;
+            behind its last scale that is not 1, the unconditional half ends.
         temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the fewest codes whose probabilities reach p; 1 keeps all. After top_k.
@@ -170,11 +172,13 @@ def decode_n_tokens(
     sampler: Sampler,
     progress: Progress | None = None,
 ) -> None:
-    """Fill codes [N, num_tokens] behind its first column. The host never waits for the device."""
+    """Fill codes [N, num_tokens] behind its first column. Nothing here waits for the device."""
     num_tokens = codes.shape[1]
     # A tensor of one element: an index without dimensions would be read back to the host.
     position = torch.zeros(1, dtype=torch.int64, device=codes.device)
     for i in range(1, num_tokens):
+        if i == sampler.guided_tokens:
+            cache, sampler = [layer.first(len(codes)) for layer in cache], sampler.unguided()
         position += 1
         codes[:, i] = decode_one_token(lm, codes[:, i - 1], cache, sampler, position)
         if progress is not None:
@@ -198,6 +202,7 @@ class Sampler:
 
     seeds: Tensor  # int64 [N]
     scales: Tensor | None  # guidance scale of each token, fp32 [num_tokens]
+    guided_tokens: int  # up to the last scale that is not 1
     temperature: float
     top_k: int
     top_p: float
@@ -205,6 +210,9 @@ class Sampler:
     @property
     def guided(self) -> bool:
         return self.scales is not None
+
+    def unguided(self) -> Sampler:
+        return replace(self, scales=None, guided_tokens=0)
 
     def __call__(self, logits: Tensor, position: Tensor) -> Tensor:
         if self.guided:
@@ -273,6 +281,13 @@ def _prompt(
     guided: bool,
 ) -> Prompt:
     device = lm.output.weight.device
+    if prefix_padding is not None and (
+        lm.prefix_embedding is None or tuple(prefix_padding.shape) != (len(prompts),)
+    ):
+        raise ValueError(
+            f"prefix_padding: expected one number for each of {len(prompts)} caption features, got "
+            f"{tuple(prefix_padding.shape)}"
+        )
     if lm.prefix_embedding is not None:
         prefix = torch.as_tensor(prompts, device=device)
         if prefix.is_floating_point():
@@ -321,17 +336,18 @@ def _sampler(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
     device = lm.output.weight.device
-    scales = [float(cfg)] * num_tokens if isinstance(cfg, (int, float)) else list(map(float, cfg))
+    scales = [float(cfg)] * num_tokens if isinstance(cfg, Real) else list(map(float, cfg))
     if len(scales) != num_tokens:
         raise ValueError(f"cfg: a schedule of {len(scales)} scales for {num_tokens} tokens")
     if not all(0 <= scale < float("inf") for scale in scales):
         raise ValueError(f"cfg={cfg}: expected finite numbers of at least 0")
-    guided = any(scale != 1 for scale in scales)
+    guided_tokens = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
     # Any Python integer is a seed: its lowest 64 bits, as a signed number.
     signed = [((seed + (1 << 63)) % (1 << 64)) - (1 << 63) for seed in map(int, seeds)]
     return Sampler(
         seeds=torch.tensor(signed, dtype=torch.int64, device=device),
-        scales=torch.tensor(scales, device=device) if guided else None,
+        scales=torch.tensor(scales, device=device) if guided_tokens else None,
+        guided_tokens=guided_tokens,
         temperature=float(temperature),
         top_k=int(top_k),
         top_p=float(top_p),

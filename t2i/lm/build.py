@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints import read_checkpoint
+from t2i.weights import read_safetensors
+
+from .checkpoints import read_checkpoint, same_architecture
 from .config import LM_CONFIGS, LMConfig
 from .model import TransformerLM
 
@@ -47,13 +49,14 @@ def build_lm(
             raise ValueError("give a name, a configuration or pretrained weights")
         lm = TransformerLM(config)
     elif (Path(pretrained) / "lm.json").exists():
-        lm = load_lm(pretrained)
-        if config is not None and lm.config != config:
-            raise ValueError(
-                f"{pretrained} holds another configuration than the one asked for: {lm.config}"
-            )
+        found, state = _read_lm(Path(pretrained))
+        if config is not None:
+            found = same_architecture(config, found, Path(pretrained))
+        lm = _with_weights(found, state, pretrained)
     else:
-        lm = _with_weights(*read_checkpoint(pretrained, config))
+        lm = _with_weights(*read_checkpoint(pretrained, config), pretrained)
+    if image_vocab is None and text_vocab is not None:
+        raise ValueError(f"text_vocab={text_vocab} without image_vocab: both are appended together")
     if image_vocab is not None:
         lm.extend_vocabulary(image_vocab, image_init, text_vocab=text_vocab)
     return lm
@@ -94,26 +97,36 @@ def save_lm(lm: TransformerLM, folder: str | Path, dtype: torch.dtype | None = N
 
 
 def load_lm(folder: str | Path) -> TransformerLM:
-    """Read what ``save_lm`` wrote, into fp32 on the CPU whatever the storage type."""
-    from safetensors.torch import load_file
+    """Read what ``save_lm`` wrote, into fp32 on the CPU whatever the storage type.
 
-    folder = Path(folder)
+    Raises:
+        FileNotFoundError: ``folder`` holds no language model.
+        ValueError: another version's file, or weights that are damaged or do not fit.
+    """
+    return _with_weights(*_read_lm(Path(folder)), folder)
+
+
+def _read_lm(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
     description = json.loads((folder / "lm.json").read_text())
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{folder / 'lm.json'}: format version {version}, this t2i reads {FORMAT_VERSION}"
         )
-    state = {name: tensor.float() for name, tensor in load_file(folder / "lm.safetensors").items()}
-    return _with_weights(LMConfig.from_dict(description["config"]), state)
+    state = read_safetensors(folder / "lm.safetensors")
+    state = {name: tensor.float() for name, tensor in state.items()}
+    return LMConfig.from_dict(description["config"]), state
 
 
-def _with_weights(config: LMConfig, state: dict[str, Tensor]) -> TransformerLM:
+def _with_weights(config: LMConfig, state: dict[str, Tensor], source: str | Path) -> TransformerLM:
     with torch.device("meta"):  # no time spent on random weights
         lm = TransformerLM(config)
-    if config.tied:
+    if config.tied and "tok_embeddings.weight" in state:
         state = {**state, "output.weight": state["tok_embeddings.weight"]}
-    lm.load_state_dict(state, assign=True)
+    try:
+        lm.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {source} do not fit its configuration: {error}") from None
     if config.tied:
         lm.output.weight = lm.tok_embeddings.weight
     return lm.to("cpu")  # brings the rotary tables along

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2i.weights import read_safetensors, read_state_dict
+
 from .config import LMConfig, with_caption_prefix
 from .model import TransformerLM
 
@@ -80,9 +82,11 @@ def read_checkpoint(path: str | Path, config: LMConfig | None = None) -> tuple[L
 
     Args:
         path: a folder with ``config.json`` and safetensors (Hugging Face Llama), a ``.gguf`` file,
-            or a ``.pt``/``.pth`` file of open_lm or LlamaGen.
-        config: needed for open_lm and LlamaGen, whose files do not say how many heads they have.
-            For the others it is checked against what the file says.
+            or a ``.pt``, ``.pth`` or ``.safetensors`` file of open_lm or LlamaGen.
+        config: needed for open_lm and LlamaGen, whose files do not say how many heads they have,
+            nor on which grid LlamaGen's images were: 16×16 for 256 pixels, 24×24 for 384. For the
+            others it is checked against what the file says, and decides what weights leave open:
+            ``init``, ``dropout``, ``max_positions``.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
@@ -94,12 +98,10 @@ def read_checkpoint(path: str | Path, config: LMConfig | None = None) -> tuple[L
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_dir() or path.suffix == ".gguf":
         found, state = read_huggingface(path) if path.is_dir() else read_gguf(path)
-        if config is not None:
-            _check_same_architecture(config, found, path)
-        return found, state
+        return (found if config is None else same_architecture(config, found, path)), state
     if config is None:
         raise ValueError(f"{path.name} does not say how many heads it has: name its configuration")
-    tensors = _load_torch(path)
+    tensors = read_state_dict(path)
     is_llamagen = any(name.startswith("cls_embedding.") for name in tensors)
     convert = _convert_llamagen if is_llamagen else _convert_open_lm
     return convert(tensors, config, path)
@@ -107,8 +109,6 @@ def read_checkpoint(path: str | Path, config: LMConfig | None = None) -> tuple[L
 
 def read_huggingface(folder: str | Path) -> tuple[LMConfig, State]:
     """A ``LlamaForCausalLM`` folder: ``config.json`` with ``model.safetensors`` or its shards."""
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     config_file = folder / "config.json"
     if not config_file.exists():
@@ -122,7 +122,7 @@ def read_huggingface(folder: str | Path) -> tuple[LMConfig, State]:
     for shard in shards:
         if not (folder / shard).exists():
             raise ValueError(f"{folder} lacks {shard} (only safetensors are read)")
-        tensors.update(load_file(folder / shard))
+        tensors.update(read_safetensors(folder / shard))
     # Old versions of transformers wrote the rotary frequencies; some repeat a tied output.
     ignored = r".*\.rotary_emb\.inv_freq" + (r"|lm_head\.weight" if config.tied else "")
     return config, _convert(tensors, config, _HUGGINGFACE, folder, ignored)
@@ -222,24 +222,6 @@ def _shortest(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _load_torch(path: Path) -> State:
-    """The state dict of a .pt file, out of its container and without the prefixes of wrappers."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a file of plain tensors ({type(error).__name__}); pickled objects are "
-            "not loaded: save its state dict alone and try again"
-        ) from error
-    for container in ("state_dict", "model", "module"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(container), dict):
-            checkpoint = checkpoint[container]
-    if not isinstance(checkpoint, dict) or not any(map(torch.is_tensor, checkpoint.values())):
-        raise ValueError(f"{path} holds no state dict")
-    wrappers = re.compile(r"^((module|model|_orig_mod)\.)+")
-    return {wrappers.sub("", name): value for name, value in checkpoint.items()}
-
-
 def _convert_open_lm(tensors: State, config: LMConfig, path: Path) -> tuple[LMConfig, State]:
     """The file tells the kind of norm; ``config.rotary`` the positions, which are not in it."""
     config = config.replace(
@@ -298,14 +280,22 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _check_same_architecture(asked: LMConfig, found: LMConfig, path: Path) -> None:
-    """How a random model starts, and how long it may grow, does not change what weights compute."""
-    free = {"init", "init_std", "zero_init_output", "max_positions", "dropout"}
+FREE = ("init", "init_std", "zero_init_output", "max_positions", "dropout")
+
+
+def same_architecture(asked: LMConfig, found: LMConfig, path: Path) -> LMConfig:
+    """``found`` with what ``asked`` may change about given weights: how new rows start, dropout,
+    and how long a sequence may grow.
+
+    Raises:
+        ValueError: they differ in something that weights depend on.
+    """
     asked_fields, found_fields = asked.to_dict(), found.to_dict()
     differ = [
         f"{name}={found_fields[name]} (asked: {value})"
         for name, value in asked_fields.items()
-        if name not in free and found_fields[name] != value
+        if name not in FREE and found_fields[name] != value
     ]
     if differ:
         raise ValueError(f"{path} is another model than the one asked for: {', '.join(differ)}")
+    return found.replace(**{name: asked_fields[name] for name in FREE})

@@ -75,6 +75,9 @@ class LMConfig:
     zero_init_output: bool = False
 
     def __post_init__(self) -> None:
+        for field in ("dim", "num_layers", "num_heads", "ffn_dim", "max_positions"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: expected at least 1")
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.head_dim:
@@ -114,6 +117,10 @@ class LMConfig:
                 "image_grid needs a prefix: behind a text of any length the first "
                 "position of the image is not known"
             )
+
+        if self.image_grid is not None:  # nothing has a position behind the image
+            positions = self.prefix_length + self.image_grid[0] * self.image_grid[1]
+            object.__setattr__(self, "max_positions", min(self.max_positions, positions))
 
     @property
     def vocab_size(self) -> int:
@@ -162,8 +169,9 @@ def _open_lm(dim: int, num_layers: int, num_heads: int, **changes: Any) -> LMCon
     )
 
 
-def _llamagen(dim: int, num_layers: int, num_heads: int) -> LMConfig:
-    """Class-conditional at 256 x 256 with VQ-16: one class position, then 16 x 16 image tokens."""
+def _llamagen(dim: int, num_layers: int, num_heads: int, side: int = 16) -> LMConfig:
+    """Class-conditional with VQ-16: one class position, then side × side image tokens, 16 for 256
+    pixels and 24 for 384."""
     return LMConfig(
         dim=dim,
         num_layers=num_layers,
@@ -171,14 +179,37 @@ def _llamagen(dim: int, num_layers: int, num_heads: int) -> LMConfig:
         ffn_dim=256 * -(-int(8 * dim / 3) // 256),
         text_vocab_size=0,
         image_vocab_size=16384,
-        max_positions=1 + 256,
+        max_positions=1 + side * side,
         rotary="interleaved",
-        image_grid=(16, 16),
+        image_grid=(side, side),
         prefix="class",
         prefix_dim=1000,
         prefix_length=1,
         init="normal",
         zero_init_output=True,
+    )
+
+
+_LLAMAGEN_SIZES = {
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+    "xl": (1280, 36, 20),
+    "xxl": (1536, 48, 24),
+    "3b": (3200, 24, 32),
+}
+
+
+def _smollm2(dim: int, num_layers: int, num_heads: int, **changes: Any) -> LMConfig:
+    fields = {"rotary_theta": 100000.0, **changes}
+    return LMConfig(
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        text_vocab_size=49152,
+        max_positions=8192,
+        tied=True,
+        init="normal",
+        **fields,
     )
 
 
@@ -216,22 +247,12 @@ LM_CONFIGS: dict[str, LMConfig] = {
     "open_lm_410m": _open_lm(1024, 24, 16),
     "open_lm_1b": _open_lm(2048, 24, 16),
     "open_lm_1b_old": _open_lm(2048, 24, 16, rotary="head"),  # as the released weights
-    "smollm2-135m": LMConfig(
-        dim=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        ffn_dim=1536,
-        text_vocab_size=49152,
-        max_positions=8192,
-        tied=True,
-        rotary_theta=100000.0,
-        init="normal",
-    ),
-    "llamagen-b": _llamagen(768, 12, 12),
-    "llamagen-l": _llamagen(1024, 24, 16),
-    "llamagen-xl": _llamagen(1280, 36, 20),
-    "llamagen-xxl": _llamagen(1536, 48, 24),
-    "llamagen-3b": _llamagen(3200, 24, 32),
+    "smollm2-135m": _smollm2(576, 30, 9, num_kv_heads=3, ffn_dim=1536, init_std=1 / 24),
+    "smollm2-360m": _smollm2(960, 32, 15, num_kv_heads=5, ffn_dim=2560),
+    "smollm2-1.7b": _smollm2(2048, 24, 32, ffn_dim=8192, rotary_theta=130000.0),
+    **{f"llamagen-{name}": _llamagen(*sizes) for name, sizes in _LLAMAGEN_SIZES.items()},
+    # The published XL, XXL and 3B are for 384 pixels; B and L are there for both.
+    **{f"llamagen-{name}-384": _llamagen(*sizes, 24) for name, sizes in _LLAMAGEN_SIZES.items()},
     "llamagen-xl-t2i": with_caption_prefix(_llamagen(1280, 36, 20), (16, 16)),
+    "llamagen-xl-t2i-512": with_caption_prefix(_llamagen(1280, 36, 20), (32, 32)),
 }

@@ -19,8 +19,7 @@ def rotary_tables(config: LMConfig) -> tuple[Tensor, Tensor] | None:
     is rotated.
 
     Source: RoFormer (arXiv 2104.09864). Computed in fp32, as the published weights were trained: an
-        exact table differs
-    by up to 5e-4 rad at position 8,000.
+    exact table differs by up to 5e-4 rad at position 8,000.
     """
     if config.rotary in ("none", "head"):
         return None
@@ -128,13 +127,18 @@ class TransformerLM(nn.Module):
         cache: Sequence[KVCache] | None = None,
     ) -> Tensor:
         """The normalised last hidden states [B, P + L, dim]; arguments as in ``forward``."""
-        x = self.dropout(self._embed(tokens, prefix))
+        x = self.dropout(self._embed(tokens, prefix, continues=cache is not None))
         rows, length = x.shape[:2]
         if cu_seqlens is not None and (cache is not None or rows != 1):
             raise ValueError(f"cu_seqlens packs one row, without a cache; got {rows} rows")
-        if cu_seqlens is None and length > self.config.max_positions:
+        longest = length
+        if cu_seqlens is not None:
+            longest = 0
+            if len(cu_seqlens) > 1 and not torch.compiler.is_compiling():  # a look at values
+                longest = int(cu_seqlens.diff().max())
+        if longest > self.config.max_positions:
             limit = self.config.max_positions
-            raise ValueError(f"a sequence of {length} positions exceeds max_positions={limit}")
+            raise ValueError(f"a sequence of {longest} positions exceeds max_positions={limit}")
         rope, tables = self._positions(x, cu_seqlens, cache)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, tables, cu_seqlens, None if cache is None else cache[i])
@@ -233,8 +237,10 @@ class TransformerLM(nn.Module):
         """Trainable numbers; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def _embed(self, tokens: Tensor | None, prefix: Tensor | None) -> Tensor:
+    def _embed(self, tokens: Tensor | None, prefix: Tensor | None, continues: bool) -> Tensor:
         parts = []
+        if prefix is None and self.prefix_embedding is not None and not continues:
+            raise ValueError(f"prefix: expected the {self.config.prefix} of each row, got None")
         if prefix is not None:
             if self.prefix_embedding is None:
                 raise ValueError("prefix is given, but this model has none (config.prefix='none')")

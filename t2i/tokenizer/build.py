@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from t2i.weights import read_safetensors
+
 from .emoji64 import Emoji64, Emoji64Config
 from .vqgan import VQGAN, VQGANConfig, load_published
 
@@ -79,15 +81,18 @@ def load_tokenizer(path: str | Path, name: str | VQGANConfig | None = None) -> n
 
     Args:
         path: a folder with ``tokenizer.json``, or a LlamaGen or MoVQGAN checkpoint file.
-        name: of ``TOKENIZER_CONFIGS``, or a configuration; needed for a published checkpoint.
+        name: of ``TOKENIZER_CONFIGS``, or a configuration; needed for a published checkpoint, and
+            checked for a folder.
 
     Raises:
         FileNotFoundError: nothing at ``path``.
         ValueError: another version's file, or weights that do not fit.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no image tokenizer at {path}")
+    config = None if name is None else _config(name)
     if not path.is_dir():
-        config = None if name is None else _config(name)
         if not isinstance(config, VQGANConfig):
             published = [n for n, c in TOKENIZER_CONFIGS.items() if isinstance(c, VQGANConfig)]
             raise ValueError(
@@ -95,8 +100,6 @@ def load_tokenizer(path: str | Path, name: str | VQGANConfig | None = None) -> n
                 f"is: {', '.join(published)}"
             )
         return load_published(config, path)
-    from safetensors.torch import load_file
-
     description_file = path / "tokenizer.json"
     if not description_file.exists():
         raise FileNotFoundError(f"{path} holds no tokenizer.json")
@@ -106,11 +109,17 @@ def load_tokenizer(path: str | Path, name: str | VQGANConfig | None = None) -> n
             f"{description_file}: format version {description.get('format_version')}, "
             f"this t2i reads {FORMAT_VERSION}"
         )
+    if description["kind"] not in _MODELS:
+        raise ValueError(
+            f"{description_file}: kind {description['kind']!r}, expected {' or '.join(_MODELS)}"
+        )
     model, kind = _MODELS[description["kind"]]
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
     tokenizer = model(kind(**fields))
+    if config is not None and config != tokenizer.config:
+        raise ValueError(f"{path} holds another tokenizer than {name!r}: {tokenizer.config}")
     weights = path / "tokenizer.safetensors"
-    state = load_file(weights)
+    state = read_safetensors(weights)
     try:
         tokenizer.load_state_dict(
             {name: t.float() if t.is_floating_point() else t for name, t in state.items()}

@@ -54,7 +54,7 @@ class Emoji64(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, VQOutput]:
         """[B, 3, H, W] -> reconstruction of the same shape, and what the quantizer says."""
         vq = self.quantizer(self._latents(images))
-        return self.decoder(vq.quantized.permute(0, 3, 1, 2)), vq
+        return self._pixels(vq.quantized), vq
 
     def encode(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> codes int64 [B, H/8, W/8]."""
@@ -63,11 +63,21 @@ class Emoji64(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, h, w] -> images [B, 3, 8h, 8w], not clamped."""
         check_codes(codes)
-        return self.decoder(self.quantizer.lookup(codes).permute(0, 3, 1, 2))
+        return self._pixels(self.quantizer.lookup(codes))
 
     def _latents(self, images: Tensor) -> Tensor:
         check_images(images, self.downsampling)
+        batch, _, height, width = images.shape
+        if not batch:  # which pixel-unshuffle refuses
+            grid = height // self.downsampling, width // self.downsampling
+            return images.new_empty(0, *grid, self.config.code_dim)
         return self.encoder(images).permute(0, 2, 3, 1)
+
+    def _pixels(self, quantized: Tensor) -> Tensor:
+        batch, height, width, _ = quantized.shape
+        if not batch:
+            return quantized.new_empty(0, 3, height * self.downsampling, width * self.downsampling)
+        return self.decoder(quantized.permute(0, 3, 1, 2))
 
 
 class ResBlock(nn.Module):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2i.weights import read_state_dict
 from t2i_kernels import VectorQuantizer, flash_attention
 from t2i_kernels.vector_quantizer import VQOutput
 
@@ -321,7 +322,9 @@ def load_published(config: VQGANConfig, path: str | Path) -> VQGAN:
         ValueError: weights that are missing, left over or of another shape, each named.
     """
     path = Path(path)
-    tensors = _without_training_state(_read(path), path)
+    # LlamaGen's own order of preference.
+    tensors = read_state_dict(path, containers=("ema", "model", "state_dict"))
+    tensors = _without_training_state(tensors, path)
     names = rename(tensors, config)
     with torch.device("meta"):
         model = VQGAN(config)
@@ -351,27 +354,3 @@ def _without_training_state(tensors: dict[str, Tensor], path: Path) -> dict[str,
             f"{path}: not of the model, left out: {', '.join(sorted(groups))}", stacklevel=4
         )
     return {name: value for name, value in tensors.items() if name not in left_out}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The plain state dict of a checkpoint, out of its containers."""
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not a file of plain tensors ({type(error).__name__}); pickled objects "
-                "are not loaded: save its state dict alone and try again"
-            ) from error
-    for container in ("ema", "model", "state_dict"):  # LlamaGen's own order of preference
-        if isinstance(tensors, dict) and isinstance(tensors.get(container), dict):
-            tensors = tensors[container]
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{path} holds no state dict")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): t for name, t in tensors.items()}

@@ -87,6 +87,35 @@ def test_a_pretrained_model_is_extended_in_the_same_call(tmp_path):
     assert_same_logits(ours(tokens)[..., :101], theirs(tokens).logits)
 
 
+def test_a_configuration_decides_what_weights_leave_open(tmp_path):
+    llama().save_pretrained(tmp_path / "hf")
+    found = build_lm(None, tmp_path / "hf")
+    save_lm(found, tmp_path / "ours")
+    asked = found.config.replace(dropout=0.25, max_positions=17, init_std=0.5)
+    for folder in ("hf", "ours"):
+        lm = build_lm(asked, tmp_path / folder, image_vocab=500)
+        assert lm.config == asked.replace(image_vocab_size=500)
+        assert lm.dropout.p == 0.25 and len(lm._tables[0]) == 17
+        assert abs(lm.output.weight[-500:].std() - 0.5) < 0.02
+        with pytest.raises(ValueError, match=r"num_layers=3 \(asked: 4\)"):
+            build_lm(asked.replace(num_layers=4), tmp_path / folder)
+    with pytest.raises(ValueError, match="text_vocab=200 without image_vocab"):
+        build_lm(None, tmp_path / "hf", text_vocab=200)
+
+
+def test_damaged_weights_are_named(tmp_path):
+    save_lm(build_lm(LM_CONFIGS["emoji"].replace(num_layers=1)), tmp_path)
+    weights = tmp_path / "lm.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="lm.safetensors is damaged"):
+        load_lm(tmp_path)
+    weights.write_bytes(content)
+    edit(tmp_path / "lm.json", config=LM_CONFIGS["emoji"].to_dict())
+    with pytest.raises(ValueError, match=f"{tmp_path} do not fit(.|\n)*layers.1"):
+        load_lm(tmp_path)
+
+
 def edit(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -477,7 +506,7 @@ def test_saving_and_loading(tmp_path, tied):
     sizes = [(tmp_path / d / "lm.safetensors").stat().st_size for d in ("half", "full")]
     assert sizes[0] < 0.6 * sizes[1]
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["lm.json", "lm.safetensors"]
-    with pytest.raises(ValueError, match="another configuration"):
+    with pytest.raises(ValueError, match="another model than the one"):
         build_lm("emoji", tmp_path / "full")
     edit(tmp_path / "full" / "lm.json", format_version=99)
     with pytest.raises(ValueError, match="format version 99"):

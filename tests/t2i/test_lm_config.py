@@ -81,6 +81,7 @@ def test_unknown_fields_and_names_are_errors():
     [
         (dict(norm="batchnorm"), "norm='batchnorm'.*rmsnorm"),
         (dict(rotary="learned"), "rotary='learned'"),
+        (dict(num_heads=0), "num_heads=0: expected at least 1"),
         (dict(num_heads=5), "dim=32 is not a multiple of num_heads=5"),
         (dict(num_kv_heads=3), "num_kv_heads=3"),
         (dict(num_kv_heads=2, rotary="head"), "rotary='head'"),

@@ -246,6 +246,13 @@ def test_bad_input_is_named():
         lm(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="41 positions exceeds max_positions=40"):
         lm(torch.zeros(1, 41, dtype=torch.int64))
+    with pytest.raises(ValueError, match="41 positions exceeds max_positions=40"):
+        lm(torch.zeros(1, 43, dtype=torch.int64), cu_seqlens=torch.tensor([0, 2, 43]).int())
+    with pytest.raises(ValueError, match="14 positions exceeds max_positions=13"):
+        grid = model(**CLASS_GRID)  # behind the image there is nothing
+        grid(torch.zeros(1, 13, dtype=torch.int64), prefix=torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="prefix: expected the class of each row, got None"):
+        model(**CLASS_GRID)(torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="prefix is given"):
         lm(torch.zeros(1, 3, dtype=torch.int64), prefix=torch.zeros(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="both None"):

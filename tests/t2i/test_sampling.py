@@ -196,6 +196,18 @@ def test_a_schedule_of_guidance(lm):
     assert not torch.equal(late, draw(lm, cfg=1.0).flatten(1))
 
 
+def test_the_unconditional_half_ends_with_guidance(lm, monkeypatch):
+    rows = []
+    hook = lm.layers[0].register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    try:
+        early = draw(lm, cfg=[3.0] * 5 + [1.0] * 7)
+    finally:
+        hook.remove()
+    assert rows == [6] * 5 + [3] * 7
+    # As if it had gone on: a scale of 1 + 2⁻⁵⁰ counts as guidance, and is 1 in fp32.
+    assert torch.equal(early, draw(lm, cfg=[3.0] * 5 + [1.0] * 6 + [1 + 2.0**-50]))
+
+
 def test_the_unconditional_half_is_dropped_without_guidance(lm):
     rows = []
     hook = lm.layers[0].register_forward_hook(lambda module, args, output: rows.append(len(output)))
@@ -248,6 +260,8 @@ def test_models_with_a_prefix(kind):
         again = draw(lm, condition, unconditional=None, prefix_padding=padding)
         assert torch.equal(again, padded)
         assert torch.equal(padded[0], codes[0]) and not torch.equal(padded[1:], codes[1:])
+        with pytest.raises(ValueError, match=r"prefix_padding: .* each of 3 .*, got \(1,\)"):
+            draw(lm, condition, unconditional=None, prefix_padding=padding[:1])
     with pytest.raises(ValueError, match=r"grid=\(4, 3\).*\(3, 4\)"):
         draw(lm, condition, grid=(4, 3))
 

@@ -298,7 +298,7 @@ def test_files_that_do_not_fit_say_where(tmp_path):
 
 
 def test_a_file_needs_a_name_and_must_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*nothing.pt"):
+    with pytest.raises(FileNotFoundError, match="no image tokenizer at .*nothing.pt"):
         load_tokenizer(tmp_path / "nothing.pt", "llamagen-vq16")
     torch.save({}, tmp_path / "file.pt")
     for name in (None, "emoji64"):
