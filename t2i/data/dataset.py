@@ -31,7 +31,9 @@ class ImageTextDataset:
 
     def __init__(self, path: str | Path, split: str | None = None, *, verify: bool = False):
         self.path = Path(path)
-        self.info = read_info(self.path, "dataset.json", FORMAT_VERSION, verify=verify)
+        self.info = read_info(
+            self.path, "dataset.json", FORMAT_VERSION, verify=verify, maker="t2i data"
+        )
         self.pairs = read_jsonl(self.path / "pairs.jsonl")
         self.images = np.load(self.path / "images.npy", mmap_mode="r")
         self.rows = rows_of(self.pairs, split)
@@ -59,6 +61,11 @@ def rows_of(pairs: list[dict], split: str | None) -> np.ndarray:
     if split is not None and split not in SPLITS:
         raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     return np.array([i for i, p in enumerate(pairs) if split in (None, p["split"])], dtype=np.int64)
+
+
+def plain_caption(label: str, style: str | None) -> str:
+    """What a picture is called: "shark, twemoji style"."""
+    return f"{label}, {style} style" if style else label
 
 
 def unit_hash(text: str) -> float:

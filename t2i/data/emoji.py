@@ -14,7 +14,7 @@ from PIL import Image
 
 from . import packages
 from .build import Entry, Summary, build_dataset
-from .dataset import unit_hash
+from .dataset import plain_caption, unit_hash
 
 STYLES = {
     "noto": "noto",
@@ -103,7 +103,7 @@ def emoji_entries(files: dict[str, Path], tones: bool) -> list[Entry]:
         for name, points, svg in _icons(files[key], code_points):
             known = emoji.get(_normal(points))
             if known is not None and (tones or known["tone"] is None):
-                pair = {"caption": f"{known['label']}, {style} style", "style": style, **known}
+                pair = {"caption": plain_caption(known["label"], style), "style": style, **known}
                 entries.append(Entry(f"{key}:{name}", pair, svg))
     _split([entry.pair for entry in entries])
     return entries

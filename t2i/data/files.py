@@ -65,15 +65,16 @@ def finish(path: Path, name: str, info: dict, files: Sequence[str], version: int
     write_json(path / name, {"format_version": version, **info, "sha256": sums})
 
 
-def read_info(path: Path, name: str, version: int, *, verify: bool) -> dict:
-    """Read what ``finish`` wrote, and check it.
+def read_info(path: Path, name: str, version: int, *, verify: bool, maker: str = "") -> dict:
+    """Read what ``finish`` wrote, and check it. ``maker`` is the command that makes such folders.
 
     Raises:
         FileNotFoundError: nothing was finished there.
         ValueError: another version, or with ``verify`` a file that is not the one described.
     """
     if not (path / name).exists():
-        raise FileNotFoundError(f"{path} holds no finished {name}")
+        hint = f": {maker} makes one" if maker else ""
+        raise FileNotFoundError(f"{path} holds no finished {name}{hint}")
     info = json.loads((path / name).read_text(encoding="utf-8"))
     if info.get("format_version") != version:
         raise ValueError(

@@ -31,8 +31,9 @@ def build_folder(
 
     A caption is in a ``.txt`` beside its picture (``cat.png``, ``cat.txt``), or in a table: JSONL
     or CSV with a column ``file`` (or file_name, image, path; relative to the table's folder) and a
-    column ``caption`` (or text). Other columns are kept; one named ``split`` is obeyed. Pictures
-    are turned as their EXIF tag says, cut to their central square, and put on white.
+    column ``caption`` (or text). Other columns are kept; one named ``split`` is obeyed, ``tags``
+    are a list or a text with commas. Pictures are turned as their EXIF tag says, cut to their
+    central square, and put on white.
 
     A picture or caption that is missing or broken is skipped and reported, at once and in
     ``rejected.jsonl``.
@@ -43,12 +44,14 @@ def build_folder(
         captions: the table; by default the only ``.jsonl`` or ``.csv`` directly in ``source``, and
             ``.txt`` files if there is none.
         size: side of the square pictures, pixels.
-        held_out: share of the captions whose pictures become the split ``unseen_labels``.
+        held_out: share of the labels, or of the captions where there are none, whose pictures
+            become the split ``unseen_labels``.
         report: told of each rejection.
 
     Raises:
         FileNotFoundError: no such folder or table.
-        ValueError: nothing usable, several tables to choose from, or an argument out of range.
+        ValueError: nothing usable, several tables to choose from, one that is not UTF-8 or CSV,
+            or an argument out of range.
         FileExistsError: ``path`` holds another dataset.
     """
     source = Path(source)
@@ -131,7 +134,7 @@ def _beside(source: Path) -> Found:
 def _listed(source: Path, table: Path) -> Found:
     """Pictures named by a table, then those in the folder that it does not name."""
     listed = set()
-    for line, fields in (_csv if table.suffix.lower() == ".csv" else _jsonl)(table):
+    for line, fields in _rows(table):
         name, file = f"{table.name}:{line}", table
         if isinstance(fields, dict):
             given = next((fields.pop(column) for column in FILE_COLUMNS if column in fields), None)
@@ -144,6 +147,14 @@ def _listed(source: Path, table: Path) -> Found:
     for file in _pictures(source):
         if file.resolve() not in listed:
             yield str(file.relative_to(source)), file, Rejected(f"not named in {table.name}")
+
+
+def _rows(table: Path) -> Iterator[tuple[int, dict | Rejected]]:
+    """(line number, fields) of each line of a table."""
+    try:
+        yield from (_csv if table.suffix.lower() == ".csv" else _jsonl)(table)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{table}: {error}") from None
 
 
 def _csv(table: Path) -> Iterator[tuple[int, dict]]:
@@ -159,6 +170,8 @@ def _jsonl(table: Path) -> Iterator[tuple[int, dict | Rejected]]:
     """(line number, fields) of each line."""
     with open(table, encoding="utf-8-sig") as f:
         for number, line in enumerate(f, start=1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
@@ -176,12 +189,29 @@ def _entry(name: str, file: Path, fields: dict | Rejected, held_out: float) -> E
     if not file.is_file():
         raise Rejected("no such file")
     caption = " ".join(caption.split())
+    _check_described(fields)
     split = fields.pop("split", None)
     if split is None:
-        split = "unseen_labels" if unit_hash(f"caption {caption}") < held_out else "train"
+        kind = fields.get("label", caption)
+        split = "unseen_labels" if unit_hash(f"caption {kind}") < held_out else "train"
     elif split not in SPLITS:
         raise Rejected(f"split {split!r}: expected one of {', '.join(SPLITS)}")
     return Entry(name, {"caption": caption, **fields, "file": name, "split": split}, file)
+
+
+def _check_described(fields: dict) -> None:
+    """Bring the fields that training reads into their form: two texts and a list of texts."""
+    for name in ("label", "style", "tags"):
+        if fields.get(name) in (None, "", []):
+            fields.pop(name, None)
+    for name in ("label", "style"):
+        if not isinstance(fields.get(name, ""), str):
+            raise Rejected(f"{name} {fields[name]!r}: expected text")
+    tags = fields.get("tags", [])
+    if isinstance(tags, str):
+        tags = fields["tags"] = [tag.strip() for tag in tags.split(",") if tag.strip()]
+    if not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
+        raise Rejected(f"tags {tags!r}: expected a list of texts")
 
 
 def _table(source: Path) -> Path | None:

@@ -35,7 +35,9 @@ class TokenDataset:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.info = read_info(self.path, "tokens.json", FORMAT_VERSION, verify=True)
+        self.info = read_info(
+            self.path, "tokens.json", FORMAT_VERSION, verify=True, maker="t2i tokenize"
+        )
         self.tokens = np.load(self.path / "tokens.npy", mmap_mode="r")
         self.pairs = read_jsonl(self.path / "pairs.jsonl")
         self.grid = tuple(self.info["grid"])
@@ -81,7 +83,7 @@ def tokenize_dataset(
     """
     if views < 1:
         raise ValueError(f"views={views}: expected at least 1")
-    data, out = ImageTextDataset(dataset), Path(out)
+    data, out = ImageTextDataset(dataset, verify=True), Path(out)
     if data.image_size % tokenizer.downsampling:
         raise ValueError(
             f"{dataset}: pictures of {data.image_size} pixels, the tokenizer needs a multiple of "
@@ -98,6 +100,7 @@ def tokenize_dataset(
         "num_codes": tokenizer.num_codes,
         "tokenizer_sha256": tokenizer_checksum(tokenizer),
         "dataset_sha256": data.checksum,
+        "sources": data.info.get("sources", []),
     }
     with contextlib.suppress(FileNotFoundError, ValueError):
         old = read_info(out, "tokens.json", FORMAT_VERSION, verify=True)

@@ -103,6 +103,21 @@ def test_what_is_broken_is_named_and_skipped(tmp_path):
     assert not again.built and again.rejected == summary.rejected
 
 
+def test_tags_may_be_one_text_and_empty_fields_are_none(tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "a.csv").write_text('file,caption,tags,style\na.png,shark,"fish, sea,",\n')
+    build_it(tmp_path / "in", tmp_path / "out", held_out=0)
+    (pair,) = ImageTextDataset(tmp_path / "out").pairs
+    assert pair["tags"] == ["fish", "sea"] and "style" not in pair
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "a.csv").write_bytes(b"file,caption\na.png,\xff\n")
+    with pytest.raises(ValueError, match="a.csv: .*utf-8"):
+        build_it(tmp_path / "in", tmp_path / "out")
+
+
 def test_what_is_wrong_in_a_table(tmp_path):
     source, path = tmp_path / "in", tmp_path / "out"
     picture(source / "a.png")
@@ -112,13 +127,16 @@ def test_what_is_wrong_in_a_table(tmp_path):
         '{"file": "a.png", "caption": ',
         "[1, 2]",
         '{"caption": "lost"}',
+        "",
         '{"file": "gone.png", "caption": "gone"}',
         '{"file": "a.png", "caption": 7}',
         '{"file": "a.png", "caption": "a", "split": "validation"}',
+        '{"file": "a.png", "caption": "a", "label": 7}',
+        '{"file": "a.png", "caption": "a", "tags": [7]}',
     ]
     (source / "list.jsonl").write_text("\n".join(rows))
     _, said = build_it(source, path)
-    assert len(said) == 7 and len(ImageTextDataset(path)) == 1
+    assert len(said) == 9 and len(ImageTextDataset(path)) == 1
     text = "\n".join(said)
     for expected in (
         "list.jsonl:2: not JSON",
@@ -127,6 +145,8 @@ def test_what_is_wrong_in_a_table(tmp_path):
         "gone.png: no such file",
         "a.png: no caption",
         "a.png: split 'validation': expected one of train",
+        "a.png: label 7: expected text",
+        "a.png: tags [7]: expected a list of texts",
         "unlisted.png: not named in list.jsonl",
     ):
         assert f"rejected {expected}" in text
@@ -268,6 +288,21 @@ def test_held_out_captions_are_in_no_other_split(tmp_path):
     split: dict[str, set] = {}
     for pair in ImageTextDataset(tmp_path / "out").pairs:
         split.setdefault(pair["caption"], set()).add(pair["split"])
+    assert all(len(names) == 1 for names in split.values())
+    assert 3 <= sum("unseen_labels" in names for names in split.values()) <= 15
+
+
+def test_held_out_labels_are_in_no_other_split(tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = []
+    for i in range(60):
+        picture(tmp_path / "in" / f"{i}.png")
+        rows.append({"file": f"{i}.png", "caption": f"{i} of {i % 30}", "label": f"{i % 30}"})
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_it(tmp_path / "in", tmp_path / "out", held_out=0.3)
+    split: dict[str, set] = {}
+    for pair in ImageTextDataset(tmp_path / "out").pairs:
+        split.setdefault(pair["label"], set()).add(pair["split"])
     assert all(len(names) == 1 for names in split.values())
     assert 3 <= sum("unseen_labels" in names for names in split.values()) <= 15
 
