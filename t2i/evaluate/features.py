@@ -53,9 +53,14 @@ def image_features(
     starts = range(0, len(images), BATCH)
     for start in track(starts, "image features", disable=not progress, transient=True):
         pixels = to_float(torch.from_numpy(np.array(images[start : start + BATCH])))
-        pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
-        features.append(network(pixels.clamp(-1, 1).contiguous(memory_format=torch.channels_last)))
+        features.append(network(enlarged(pixels, side)))
     return torch.cat(features)
+
+
+def enlarged(images: Tensor, side: int = SIDE) -> Tensor:
+    """Images fp32 [B, 3, H, W] in [-1, 1] as the network wants them: [B, 3, side, side]."""
+    images = F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
+    return images.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
 
 
 def cached_features(name: str, compute: Callable[[], Tensor]) -> Tensor:

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from t2i.evaluate.efficientnet import load_efficientnet
-
-LAST_BLOCK = 10  # to 1/16 of the resolution; deeper maps of a 64-pixel picture are 2×2
+from t2i.evaluate.features import enlarged
 
 
 class PerceptualLoss(nn.Module):
     """Squared distance of unit-normalised feature maps, summed over channels and depths, averaged
-    over positions: LPIPS (arXiv 1801.03924) without its learned weights, on EfficientNet-Lite0."""
+    over positions: LPIPS (arXiv 1801.03924) without its learned weights, on EfficientNet-Lite0,
+    with the pooled features as the deepest map.
+
+    The evaluation judges by the same network at the same size, and says so.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,9 +24,9 @@ class PerceptualLoss(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Scalar, for [B, 3, H, W] in [-1, 1] each; differentiable in ``images``."""
         with torch.no_grad():
-            wanted = self.network.maps(targets, LAST_BLOCK)
+            wanted = self.network.maps(enlarged(targets))
         distance = images.new_zeros(())
-        for a, b in zip(self.network.maps(images, LAST_BLOCK), wanted, strict=True):
+        for a, b in zip(self.network.maps(enlarged(images)), wanted, strict=True):
             distance = distance + (_unit(a) - _unit(b)).square().sum(dim=1).mean()
         return distance
 

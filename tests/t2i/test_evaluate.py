@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from t2i.data import SPLITS, ImageTextDataset, packages
+from t2i.data import SPLITS, ImageTextDataset, build_folder, packages
 from t2i.evaluate import Features, evaluate_model, load_features, summary
 from t2i.evaluate.alignment import FOLDS, RidgeAlignment, concept, description
 from t2i.evaluate.copies import CopyCheck
@@ -230,7 +230,7 @@ def test_a_perfect_and_a_wrong_generator(dataset, tmp_path):
     assert perfect["settings"] == {"prompts": 12, "seed": 7}
     assert perfect["ridge_alignment"]["candidates"] == 16 / FOLDS
     table = summary(perfect)
-    assert table.count("\n") == 18 and "| unseen_pairs | reconstructions |" in table
+    assert table.count("\n") == 20 and "| unseen_pairs | reconstructions |" in table
 
 
 def test_samples_are_kept_while_nothing_changes(dataset, tmp_path, monkeypatch):
@@ -254,6 +254,21 @@ def test_samples_are_kept_while_nothing_changes(dataset, tmp_path, monkeypatch):
     assert generator.calls == 2 * chunks
     run(generator, dataset, tmp_path, **options, seed=1)
     assert generator.calls == 3 * chunks
+
+
+def test_a_set_without_held_out_pairs(pictures, tmp_path):
+    table = [json.loads(line) for line in (pictures / "captions.jsonl").open()]
+    rows = [{**row, "split": row["split"].replace("unseen_pairs", "train")} for row in table]
+    lists = tmp_path / "captions.jsonl"
+    lists.write_text(
+        "".join(json.dumps({**r, "file": str(pictures / r["file"])}) + "\n" for r in rows)
+    )
+    build_folder(pictures, tmp_path / "data", captions=lists, size=16, progress=False)
+    data = tmp_path / "data"
+    result = run(Generator(data), data, tmp_path / "out", prompts=5)
+    assert list(result["splits"]) == ["train", "unseen_labels"]
+    assert list(result["reconstruction"]) == ["train", "unseen_labels", "all"]
+    assert "unseen_pairs" not in summary(result)
 
 
 def test_what_cannot_be_evaluated(dataset, tmp_path):
@@ -285,6 +300,24 @@ def test_padding_is_tensorflows():
         expected = F.conv2d(padded, conv.weight, stride=stride)
         assert expected.shape[-1] == -(-size // stride)
         torch.testing.assert_close(conv(x), expected)
+
+
+def test_folded_batch_norms_change_nothing():
+    network = EfficientNetLite0()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    network.eval()
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    expected = network.maps(images)
+    assert [m.shape[1] for m in expected] == [16, 24, 40, 80, 112, 192, 320, 1280]
+    network.fold_batch_norms()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    torch.testing.assert_close(network.maps(images), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(network(images), network.maps(images)[-1].flatten(1))
 
 
 def test_image_features_do_not_depend_on_the_batch(monkeypatch):
