@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from t2i.data.dataset import plain_caption
 from t2i.text import TextTokenizer
 
 from .config import Captions, Text
@@ -18,13 +19,13 @@ MOST_TAGS = 4
 def vary_caption(pair: dict[str, Any], options: Captions, rng: np.random.Generator) -> str | None:
     """A caption of a pair, None for none at all.
 
-    Pairs with a ``label`` get it with an article, tags or without the ``style`` as ``options`` say;
-    others keep their ``caption``.
+    Where the caption is the ``label``, with its ``style`` if there is one, it comes with an
+    article, with tags or without the style as ``options`` say; any other caption is kept.
     """
     if rng.random() < options.drop:
         return None
     label, style, tags = pair.get("label"), pair.get("style"), pair.get("tags")
-    if not label:
+    if not label or pair["caption"] != plain_caption(label, style):
         return pair["caption"]
     text = label
     if rng.random() < options.article:
@@ -32,9 +33,7 @@ def vary_caption(pair: dict[str, Any], options: Captions, rng: np.random.Generat
     if tags and rng.random() < options.tags:
         chosen = rng.permutation(len(tags))[: rng.integers(1, MOST_TAGS + 1)]
         text = f"{text}: {', '.join(tags[i] for i in chosen)}"
-    if style and rng.random() >= options.no_style:
-        text = f"{text}, {style} style"
-    return text
+    return plain_caption(text, None if rng.random() < options.no_style else style)
 
 
 def make_text_tokenizer(config: Text, pairs: Iterable[dict[str, Any]]) -> TextTokenizer:

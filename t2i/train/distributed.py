@@ -39,7 +39,7 @@ def world_size() -> int:
 
 
 def local_device(name: str) -> torch.device:
-    """``run.device`` as a device; "auto" takes a GPU where there is one, under ``torchrun`` the
+    """The device of a name; "auto" takes a GPU where there is one, under ``torchrun`` the
     one of this process.
 
     Raises:
@@ -50,10 +50,10 @@ def local_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"run.device={name!r}: expected auto, cpu, cuda or cuda:N") from None
+        raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"run.device={name!r}: this torch ({torch.__version__}) finds no GPU")
+            raise ValueError(f"device={name!r}: this torch ({torch.__version__}) finds no GPU")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

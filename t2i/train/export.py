@@ -1,8 +1,10 @@
-"""From two finished runs to one model that can be sampled."""
+"""From two finished runs to one model that can be sampled, and its card."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,26 @@ from t2i.data.tokens import tokenizer_checksum
 from t2i.pipeline import T2I
 
 from .lm import load_trained_lm
-from .loop import load_run
+from .loop import holds_run, load_run
 from .tokenizer import load_image_tokenizer
 
 
 def export(tokenizer: str | Path, lm: str | Path, out: str | Path, *, name: str) -> T2I:
     """Write the averaged weights of two runs as a model folder in fp16, with a model card.
 
+    Args:
+        tokenizer: a run, or what else ``load_image_tokenizer`` reads; the language model's
+            configuration has the name of a published one.
+        lm: a run.
+        out: folder to write.
+        name: of the model, shown to people.
+
     Raises:
         FileNotFoundError: no checkpoint in one of the runs.
         ValueError: the runs do not fit each other.
     """
-    image_tokenizer = load_image_tokenizer(tokenizer)
+    published = load_run(lm).config["data"].get("tokenizer_name")
+    image_tokenizer = load_image_tokenizer(tokenizer, published or None)
     language_model, text, description = load_trained_lm(lm)
     if tokenizer_checksum(image_tokenizer) != description["tokenizer_sha256"]:
         raise ValueError(f"{lm} was trained on the tokens of another tokenizer than {tokenizer}")
@@ -34,14 +44,46 @@ def export(tokenizer: str | Path, lm: str | Path, out: str | Path, *, name: str)
             f"Text to images of {image_size[1]} × {image_size[0]} pixels, trained with t2i.\n",
             _section("Image tokenizer", tokenizer, _size(model.tokenizer)),
             _section("Language model", lm, _size(model.lm)),
+            _sources(description.get("sources", [])),
         ]
     )
     model.save_pretrained(out, card=card)
     return model
 
 
+EVALUATION = "\n## Evaluation\n"  # the last section of a card
+
+
+def add_evaluation(model: str | Path, tables: str, picture: str | Path) -> None:
+    """Put what ``t2i eval`` found into the card of a model folder, in place of an earlier one.
+
+    Raises:
+        FileNotFoundError: the folder has no card.
+    """
+    model = Path(model)
+    card, samples = model / "README.md", model / "samples.png"
+    text = card.read_text(encoding="utf-8").split(EVALUATION)[0]
+    shutil.copyfile(picture, model / ".samples.png")
+    os.replace(model / ".samples.png", samples)
+    part = model / ".README.md"
+    part.write_text(
+        f"{text}{EVALUATION}\n{tables}\n\n![Samples]({samples.name})\n", encoding="utf-8"
+    )
+    os.replace(part, card)
+
+
+def _sources(sources: list[dict[str, str]]) -> str:
+    """What the model was trained on, and under which terms."""
+    if not sources:
+        return "## Data\n\nOf the user's own: its licence is not known here.\n"
+    rows = [f"| {source['package']} | {source['license']} |" for source in sources]
+    return "\n".join(["## Data\n", "| package | licence |", "|---|---|", *rows, ""])
+
+
 def _section(title: str, run: str | Path, parameters: str) -> str:
-    """Size, time, configuration and last evaluation of a run."""
+    """Size, time, configuration and last evaluation of a run; of other weights where they are."""
+    if not holds_run(run):
+        return f"## {title}\n\n{parameters}, from {Path(run).name}.\n"
     checkpoint = load_run(run)
     lines = read_jsonl(Path(run) / "metrics.jsonl")
     last = next((line for line in reversed(lines) if line["split"] == "evaluation"), {})

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from t2i.data import SPLITS, TokenDataset
+from t2i.data.files import write_json
 from t2i.data.tokens import tokenizer_checksum
 from t2i.grid import draw_grid
 from t2i.lm import LMConfig, TransformerLM, build_lm
@@ -24,7 +25,6 @@ from t2i.text import TextTokenizer
 from .captions import make_text_tokenizer, vary_caption
 from .config import LMTraining, checked
 from .data import DataOrder, LengthGroups, spread
-from .distributed import rank
 from .loop import Outcome, holds_run, load_run, run_task
 from .machine import autocast
 from .optim import Ema, adamw, apply_gradients, learning_rate, mean_metrics
@@ -42,7 +42,7 @@ def train_lm(config: LMTraining, **options: Any) -> Outcome:
 def load_trained_lm(path: str | Path) -> tuple[TransformerLM, TextTokenizer, dict[str, Any]]:
     """What a run has trained: the averaged weights of its newest intact checkpoint (fp32, on the
     CPU), its text tokenizer, and what it says about the images: their ``image_size`` (height,
-    width) and the ``tokenizer_sha256`` of what turned them into tokens."""
+    width), their ``sources`` and the ``tokenizer_sha256`` of what turned them into tokens."""
     checkpoint, path = load_run(path), Path(path)
     model = json.loads((path / MODEL).read_text())
     lm = TransformerLM(LMConfig.from_dict(model["lm"]))
@@ -68,12 +68,12 @@ class LMTask:
         )
         self.lm = _build(config, self.text, self.data.num_codes).to(device)
         self.ema = Ema(self.lm, config.optim.ema)
+        if config.run.compile:  # the lengths of batches differ: one graph for all of them
+            self.lm.features = torch.compile(self.lm.features, dynamic=True)
         self.parameters = list(self.lm.parameters())
         self.modules = {"model": self.lm, "ema": self.ema.module}
         self.optimizers = {"model": adamw(self.lm, config.optim)}
         self.pipeline = self._pipeline()
-        if rank() == 0:
-            self._describe()
 
     def step(self, step: int, position: int) -> dict[str, Tensor]:
         optim = self.config.optim
@@ -121,7 +121,9 @@ class LMTask:
         for i, (prompt, caption, codes) in enumerate(zip(prompts, captions, images, strict=True)):
             begin, end = len(prompt), len(prompt) + len(codes)
             tokens[i, :begin], kinds[i, 1:begin] = prompt, 0 if caption is None else TEXT
-            tokens[i, begin:end], kinds[i, begin:end] = codes + lm.text_vocab_size, IMAGE
+            # In int64: codes are stored in 16 bits, which the rows of a large vocabulary exceed.
+            tokens[i, begin:end] = codes.astype(np.int64) + lm.text_vocab_size
+            kinds[i, begin:end] = IMAGE
         return torch.from_numpy(tokens).to(self.device), torch.from_numpy(kinds).to(self.device)
 
     @staticmethod
@@ -204,7 +206,7 @@ class LMTask:
         data = self.config.data
         if not data.tokenizer:
             return None
-        tokenizer = load_image_tokenizer(data.tokenizer)
+        tokenizer = load_image_tokenizer(data.tokenizer, data.tokenizer_name or None)
         if tokenizer_checksum(tokenizer) != self.data.info["tokenizer_sha256"]:
             raise ValueError(
                 f"the tokens in {data.path} were not written by the tokenizer in {data.tokenizer}: "
@@ -214,23 +216,28 @@ class LMTask:
         tokenizer.to(self.device)
         return T2I(tokenizer, self.ema.module, self.text, image_size=(size, size))
 
-    def _describe(self) -> None:
+    def describe(self, folder: Path) -> None:
         """Write what ``load_trained_lm`` needs beside a checkpoint."""
-        folder, size = Path(self.config.run.folder), self.data.info["image_size"]
-        folder.mkdir(parents=True, exist_ok=True)
+        size = self.data.info["image_size"]
         self.text.save(folder / TEXT_TOKENIZER)
         model = {
             "lm": self.lm.config.to_dict(),
             "image_size": [size, size],
             "tokenizer_sha256": self.data.info["tokenizer_sha256"],
+            "sources": self.data.info.get("sources", []),
         }
-        (folder / MODEL).write_text(json.dumps(model, indent=2) + "\n")
+        write_json(folder / MODEL, model)
 
 
 def _build(config: LMTraining, text: TextTokenizer, num_codes: int) -> TransformerLM:
     """The model with rows for every text token and image code, random or pre-trained."""
     model = config.model
     architecture = get_config(model.name)
+    if architecture.prefix != "none":
+        raise ValueError(
+            f"model.name={model.name!r} reads classes or caption features instead of text: it "
+            "can be sampled, not trained on captions"
+        )
     architecture = architecture.replace(
         **checked(architecture, model.overrides, "model.overrides.")
     )

@@ -8,7 +8,8 @@ A run is a folder::
     tensorboard/          the same metrics, where TensorBoard is installed
 
 A run that is resumed from a checkpoint continues to the bit: weights, optimizer and metrics become
-what they would have been without the interruption (on the CPU, with the same number of threads).
+what they would have been without the interruption (on the CPU, with the same number of threads;
+with ``run.compile`` up to rounding).
 """
 
 from __future__ import annotations
@@ -42,8 +43,16 @@ from .checkpoint import (
     seed_generators,
     set_rng_state,
 )
-from .config import Run, differences
-from .distributed import any_rank, gather, local_device, mean_over_ranks, process_group, rank
+from .config import ConfigError, Optim, Run, differences
+from .distributed import (
+    any_rank,
+    gather,
+    local_device,
+    mean_over_ranks,
+    process_group,
+    rank,
+    world_size,
+)
 from .machine import prepare
 
 CHECKPOINTS = "checkpoints"
@@ -79,6 +88,10 @@ class Task(Protocol):
     def step(self, step: int, position: int) -> dict[str, Tensor]:
         """Train on the samples at ``position`` and return metrics, 0-d tensors."""
 
+    def describe(self, folder: Path) -> None:
+        """Write what belongs beside the checkpoints. Called on one rank, once the folder is this
+        process's."""
+
     def evaluate(self) -> dict[str, float]:
         """Metrics on data that is not trained on. Draws nothing from the generators."""
 
@@ -101,10 +114,20 @@ def run_task(build: Callable[[Any, torch.device], Task], config: Any, **options:
     device = local_device(run.device)
     prepare(run.threads)
     with process_group(device):
+        _check_batch(config.optim)
         seed_generators(run.seed)  # equal weights on every rank
         task = build(config, device)
         seed_generators(run.seed + rank())
         return train(task, run, dataclasses.asdict(config), **options)
+
+
+def _check_batch(optim: Optim) -> None:
+    parts = world_size() * optim.accumulate
+    if optim.batch_size % parts:
+        raise ConfigError(
+            f"optim.batch_size={optim.batch_size}: expected a multiple of {parts}, "
+            f"optim.accumulate={optim.accumulate} micro-batches on each of {world_size()} ranks"
+        )
 
 
 def train(
@@ -144,6 +167,8 @@ def train(
                     "run.folder"
                 )
             step, position = _restore(task, means, folder, config, console)
+        if rank() == 0:
+            task.describe(folder)
         with Log(folder, step, run.steps, console) as log:
             while step < run.steps:
                 began = time.perf_counter()
@@ -199,26 +224,40 @@ def _restore(
     console.print(f"resuming from {path}")
     for line in differences(checkpoint.config, json.loads(json.dumps(config))):
         console.print(f"  changed since: {line}")
+    missing = [name for name in task.modules if name not in checkpoint.weights]
+    if missing:
+        raise ValueError(
+            f"{path} holds no {' or '.join(missing)}: take back the change that asks for it, or "
+            "choose another run.folder"
+        )
     for name, module in task.modules.items():
         module.load_state_dict(checkpoint.weights[name])
     for name, optimizer in task.optimizers.items():
+        options = [_options(group) for group in optimizer.param_groups]
         optimizer.load_state_dict(checkpoint.state["optimizers"][name])
-    means.load_state_dict(checkpoint.state["means"])
+        for group, now in zip(optimizer.param_groups, options, strict=True):
+            group.update(now)  # the state is the run's, the options are the configuration's
     generators = checkpoint.state["rng"]
-    if rank() < len(generators):
+    if rank() < len(generators):  # of a run on other ranks, the rest starts anew
+        means.load_state_dict(checkpoint.state["means"][rank()])
         set_rng_state(generators[rank()], task.device)
     return checkpoint.step, checkpoint.position
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """Of a group of an optimizer's parameters, all but these."""
+    return {key: value for key, value in group.items() if key != "params"}
 
 
 def _save(
     task: Task, means: Means, run: Run, config: dict[str, Any], step: int, position: int
 ) -> None:
-    generators = gather(rng_state(task.device))
+    generators, all_means = gather(rng_state(task.device)), gather(means.state_dict())
     if rank() != 0:
         return
     state = {
         "optimizers": {name: o.state_dict() for name, o in task.optimizers.items()},
-        "means": means.state_dict(),
+        "means": all_means,
         "rng": generators,
     }
     weights = {name: module.state_dict() for name, module in task.modules.items()}
@@ -237,7 +276,7 @@ class Means:
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for name, value in metrics.items():
-            value = value.detach().double()
+            value = value.detach().to(self.device, torch.float64)
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -250,7 +289,8 @@ class Means:
         return dict(zip(names, values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+        sums = {name: value.cpu() for name, value in self.sums.items()}
+        return {"sums": sums, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}

@@ -54,7 +54,7 @@ class TokenizerTask:
         self.config, self.device = config, device
         self.batch_size = config.optim.batch_size
         data = config.data
-        self.images = ImageTextDataset(data.path).images
+        self.images = ImageTextDataset(data.path, verify=True).images
         self.order = DataOrder(ImageTextDataset(data.path, "train").rows, config.run.seed)
         self.splits = {
             "train": spread(self.order.indices, config.evaluation.images),
@@ -66,6 +66,10 @@ class TokenizerTask:
         # Convolutions are faster on channels-last memory, on the CPU and on the GPU.
         self.tokenizer = _build(config).to(device, memory_format=torch.channels_last)
         self.ema = Ema(self.tokenizer, config.optim.ema)
+        if config.run.compile:
+            self.tokenizer.encoder.compile()
+            if not config.loss.gan:  # its weight differentiates the decoder twice, see _balance
+                self.tokenizer.decoder.compile()
         self.parameters = [p for p in self.tokenizer.parameters() if p.requires_grad]
         self.modules = {"model": self.tokenizer, "ema": self.ema.module}
         self.optimizers = {"model": adamw(self.tokenizer, config.optim)}
@@ -168,6 +172,9 @@ class TokenizerTask:
             for g in (gradient, direction)
         )
         return adaptive_weight(*at_last_layer)
+
+    def describe(self, folder: Path) -> None:
+        """Nothing: a checkpoint says it all."""
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

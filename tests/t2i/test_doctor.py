@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import platform
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +57,7 @@ def test_nothing_is_missing_where_all_is_there(monkeypatch):
     ("reason", "programs", "expected"),
     [
         ("no C++ compiler was found", [], {"C++ compiler": "g++", "native CPU kernels": "pip"}),
-        ("torch was not installed", ["c++"], {"native CPU kernels": "T2I_BUILD=cpu pip install"}),
+        ("torch was not installed", ["c++"], {"native CPU kernels": "T2I_BUILD=cpu"}),
         ("T2I_CPU_CAPABILITY='SSE9'", ["c++"], {"native CPU kernels": "unset T2I_CPU_CAPABILITY"}),
         (None, ["nvidia-smi"], {"GPU support": "install the CUDA build of torch"}),
     ],
@@ -64,6 +67,22 @@ def test_remedies(monkeypatch, reason, programs, expected):
     rows = missing(monkeypatch, reason, programs)
     assert rows.keys() == expected.keys()
     assert all(expected[name] in rows[name] for name in expected)
+
+
+def test_a_driver_that_torch_does_not_reach(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "installed", lambda name: "3.9")
+    assert "update the NVIDIA driver" in missing(monkeypatch, None, ["nvidia-smi"])["GPU support"]
+
+
+@pytest.mark.parametrize("editable", [True, False])
+def test_a_rebuild_keeps_the_kind_of_installation(monkeypatch, editable):
+    origin = json.dumps({"url": "file:///t2i", "dir_info": {"editable": editable}})
+    distribution = SimpleNamespace(read_text=lambda name: origin)
+    monkeypatch.setattr(doctor.metadata, "distribution", lambda name: distribution)
+    expected = "--editable ." if editable else "--force-reinstall ."
+    assert doctor.rebuild().endswith(f"{sys.executable} -m pip install --no-deps {expected}")
 
 
 def test_optional_packages_that_are_not_there_say_how_to_get_them(monkeypatch):

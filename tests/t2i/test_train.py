@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_LM, TINY_TOKENIZER
+from safetensors.torch import load_file
+from tiny import TINY_LM, TINY_TOKENIZER
+from torch._dynamo.utils import counters as compiled
 
 import t2i.train.loop as loop
 from t2i.lm import LM_CONFIGS, build_lm, save_lm
@@ -190,11 +192,15 @@ def test_two_processes_cannot_share_a_folder(training, tmp_path, monkeypatch):
         training(tmp_path)
 
 
-def test_what_is_not_finite_is_not_saved(training, tmp_path):
+@pytest.mark.parametrize(
+    "when", [["run.log_every=1"], ["run.log_every=50", "run.checkpoint_every=1"]]
+)
+def test_what_is_not_finite_is_not_saved(when, training, tmp_path):
     # vq_nearest may notice first.
     with pytest.raises((FloatingPointError, ValueError), match="Lower optim.lr|z holds NaN"):
-        training(tmp_path, "optim.lr=1e30", "optim.grad_clip=0", "run.steps=20", "run.log_every=1")
-    assert not (tmp_path / "checkpoints").exists()
+        training(tmp_path, "optim.lr=1e30", "optim.grad_clip=0", "run.steps=20", *when)
+    for checkpoint in tmp_path.glob("checkpoints/step-*/*.safetensors"):
+        assert all(w.isfinite().all() for w in load_file(checkpoint).values())
 
 
 def test_training_learns_and_averages(training, tmp_path):
@@ -208,6 +214,27 @@ def test_training_learns_and_averages(training, tmp_path):
     model, ema = checkpoint.weights["model"], checkpoint.weights["ema"]
     assert model.keys() == ema.keys()
     assert any(not torch.equal(model[name], ema[name]) for name in model)
+
+
+@pytest.mark.parametrize(
+    ("change", "tolerance"), [("run.precision=bf16", 0.03), ("run.compile=true", 1e-3)]
+)
+def test_other_ways_to_compute_train_alike(change, tolerance, training, tmp_path):
+    def losses(name, *more):
+        changes = ["run.steps=4", "run.log_every=1", "run.evaluate_every=4", *more]
+        if training.kind == "lm":
+            changes.append("model.overrides.dropout=0.0")
+        training(tmp_path / name, *changes)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        keys = ("l2", "vq") if training.kind == "tokenizer" else ("loss", "image", "text")
+        return torch.tensor([[line[key] for key in keys] for line in lines[:-1]])
+
+    plain = losses("plain")
+    compiled.clear()
+    other = losses("other", change)
+    torch.testing.assert_close(plain, other, rtol=tolerance, atol=0)
+    # It was another way.
+    assert compiled["frames"]["ok"] if "compile" in change else not torch.equal(plain, other)
 
 
 def test_micro_batches_give_the_same_gradient(lm_changes, tmp_path):
@@ -283,6 +310,63 @@ def test_losses_are_of_the_right_tokens(lm_changes, tmp_path):
         mask = kinds[row][kinds[row].ne(0) | (torch.arange(length) < 2)][1:] == kind
         rows = torch.arange(2)[:, None].expand_as(kinds[:, 1:])[kinds[:, 1:] > 0]
         torch.testing.assert_close(nll[(found == kind) & (rows == row)], each[mask])
+
+
+def test_codes_behind_a_large_vocabulary(lm_changes, tmp_path):
+    """Stored in 16 bits, they are tokens beyond 65,535 all the same."""
+    big = ["model.overrides.text_vocab_size=65530", f"run.folder={tmp_path}"]
+    task = LMTask(load_config(LMTraining(), overrides=[*lm_changes, *big]), CPU)
+    codes = task.data.tokens[:4, 0]
+    tokens, kinds = task._collate(["red"] * 4, codes)
+    assert codes.dtype == "uint16" and (codes > 5).any()
+    assert torch.equal(tokens[kinds == 2].view(4, -1) - 65530, torch.from_numpy(codes.astype(int)))
+
+
+def test_a_refused_call_leaves_the_run_alone(lm_changes, tmp_path):
+    train_lm(load_config(LMTraining(), overrides=[*lm_changes, f"run.folder={tmp_path}"]))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    for more, resume, error, message in (
+        (["model.overrides.dim=64"], False, FileExistsError, "holds a run already"),
+        (["model.overrides.dim=64", "run.steps=9"], True, RuntimeError, "size mismatch"),
+    ):
+        changes = [*lm_changes, f"run.folder={tmp_path}", *more]
+        with pytest.raises(error, match=message):
+            train_lm(load_config(LMTraining(), overrides=changes), resume=resume)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+    load_trained_lm(tmp_path)
+
+
+def test_a_resumed_run_has_the_options_of_its_configuration(training, tmp_path, monkeypatch):
+    training(tmp_path, "run.steps=2", "optim.weight_decay=0.5")
+    seen = []
+
+    def report(task, *_):
+        groups = task.optimizers["model"].param_groups
+        seen.extend((group["weight_decay"], group["betas"]) for group in groups)
+
+    monkeypatch.setattr(loop, "_report", report)
+    training(
+        tmp_path, "run.steps=3", "optim.weight_decay=0.25", "optim.betas=[0.5,0.6]", resume=True
+    )
+    assert {decay for decay, _ in seen} == {0.25, 0.0} and {b for _, b in seen} == {(0.5, 0.6)}
+
+
+def test_a_checkpoint_without_what_is_trained_now_is_named(tokenizer_changes, tmp_path):
+    changes = [*tokenizer_changes, f"run.folder={tmp_path}", "run.steps=2"]
+    train_tokenizer(load_config(TokenizerTraining(), overrides=[*changes, "loss.gan=0"]))
+    with pytest.raises(ValueError, match="step-00000002 holds no discriminator"):
+        train_tokenizer(load_config(TokenizerTraining(), overrides=changes), resume=True)
+
+
+def test_a_batch_that_cannot_be_split_is_named(training, tmp_path):
+    with pytest.raises(ValueError, match="optim.batch_size=8: expected a multiple of 3, optim.acc"):
+        training(tmp_path, "optim.accumulate=3")
+
+
+def test_models_that_read_no_text_are_refused(lm_changes, tmp_path):
+    changes = [*lm_changes, "model.name=llamagen-b", f"run.folder={tmp_path}"]
+    with pytest.raises(ValueError, match="'llamagen-b' reads classes or caption features"):
+        train_lm(load_config(LMTraining(), overrides=changes))
 
 
 def test_label_smoothing_is_torch_s(lm_changes, tmp_path):

@@ -67,7 +67,6 @@ def test_a_whole_number_is_a_float_but_no_other_conversion_is_made():
         ("optim.betas=[0.9, 'x']", r"optim.betas\[1\]='x': expected float, got str"),
         ("run.folder=3", "run.folder=3: expected str, got int"),
         ("optim.batch_size=0", "optim.batch_size=0: expected at least 1"),
-        ("optim.accumulate=5", "optim.batch_size=64 is not a multiple of accumulate=5"),
         ("optim.ema=1.0", "optim.ema=1.0: expected less than 1"),
         ("optim.lr=nan", "optim.lr=nan: expected at least 0"),
         ("captions.drop=1.1", "captions.drop=1.1: expected at most 1"),
@@ -82,8 +81,18 @@ def test_a_mistake_names_its_key(override, message):
         load_config(LMTraining(), None, [override])
 
 
+def test_a_probability_is_at_most_one():
+    with pytest.raises(ConfigError, match="data.flip=5.0: expected at most 1"):
+        load_config(TokenizerTraining(), None, ["data.flip=5"])
+
+
+def test_yaml_writes_small_numbers_without_a_point(tmp_path):
+    (tmp_path / "a.yaml").write_text("optim:\n  lr: 1e-3\n")
+    assert load_config(LMTraining(), tmp_path / "a.yaml").optim.lr == 1e-3
+
+
 def test_a_broken_file_is_named(tmp_path):
-    for name, content in (("a.toml", "lr = "), ("b.yaml", "a: [1")):
+    for name, content in (("a.toml", "lr = "), ("b.yaml", "a: [1"), ("c.yaml", "- a")):
         (tmp_path / name).write_text(content)
         with pytest.raises(ConfigError, match=name):
             load_config(LMTraining(), tmp_path / name)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from conftest import TINY_LM, TINY_TOKENIZER
 from safetensors.torch import load_file
+from tiny import TINY_LM, TINY_TOKENIZER
 
 from t2i.pipeline import T2I
 from t2i.train.checkpoint import load_latest
 from t2i.train.config import LMTraining, TokenizerTraining, load_config
-from t2i.train.export import export
+from t2i.train.export import add_evaluation, export
 from t2i.train.lm import train_lm
 from t2i.train.tokenizer import train_tokenizer
 
@@ -63,3 +65,31 @@ def test_another_tokenizer_of_the_same_sizes_is_refused(dataset, lm_run, tmp_pat
 def test_a_folder_without_a_run_is_named(lm_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing-here"):
         export(tmp_path / "nothing-here", lm_run, tmp_path / "out", name="squares")
+
+
+def test_card_says_how_it_was_made_and_what_it_is_worth(lm_run, tokenizer_run, tmp_path):
+    export(tokenizer_run, lm_run, tmp_path, name="squares")
+    card = (tmp_path / "README.md").read_text()
+    assert "3 steps in" in card and '"batch_size"' in card and "psnr_train" in card
+    picture = tmp_path / "eval.png"
+    for tables in ("| first |", "| second |"):
+        picture.write_bytes(tables.encode())
+        add_evaluation(tmp_path, tables, picture)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith(card) and text.count("## Evaluation") == 1
+    assert "| second |" in text and "| first |" not in text
+    assert (tmp_path / "samples.png").read_bytes() == b"| second |"
+    with pytest.raises(FileNotFoundError, match="README.md"):
+        add_evaluation(tmp_path / "nothing-here", "", picture)
+
+
+def test_card_names_the_licences_of_the_data(lm_run, tokenizer_run, tmp_path):
+    model = lm_run / "model.json"
+    described = json.loads(model.read_text())
+    assert described["sources"] == []  # of pictures that nobody said anything about
+    export(tokenizer_run, lm_run, tmp_path, name="squares")
+    assert "licence is not known" in (tmp_path / "README.md").read_text()
+    described["sources"] = [{"package": "icons 1.2", "license": "MIT", "sha256": "0"}]
+    model.write_text(json.dumps(described))
+    export(tokenizer_run, lm_run, tmp_path, name="squares")
+    assert "| icons 1.2 | MIT |" in (tmp_path / "README.md").read_text()
