@@ -1,40 +1,61 @@
 # make demo      draw demo.png with the weights that ship in the repository
 # make test      run the tests
+# make weights   make the shipped weights again: data, both trainings, evaluation. Hours; it can be
+#                interrupted, and goes on where it stopped
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
 # make clean     remove the environment and what the build left
 #
-# The environment is made once, and installed into again only where its inputs changed. T2I_BUILD is
-# passed on to setup.py, which describes it.
+# The environment is made once, and installed into again only where its inputs changed: the native
+# sources, or what is asked for by TORCH, T2I_BUILD (see setup.py) and CXX.
 #
 # TORCH is what pip is asked for. On Linux that is the CUDA build, which serves machines with and
 # without a GPU; without one, the CPU build does the same and is much smaller:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 TORCH ?= torch==2.13.0
 THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
+COMPILERS := $(foreach name,c++ g++ clang++,$(shell command -v $(name)))
+ASKED := torch $(TORCH), build $(T2I_BUILD), compilers $(CXX) $(COMPILERS)
 
-.PHONY: demo test install clean
+T2I := $(VENV)/bin/t2i
+NAME := emoji64
+MODEL := t2i/pretrained/$(NAME)
+
+.PHONY: demo test weights install clean FORCE
 
 demo: $(VENV)/installed
-	$(VENV)/bin/t2i demo
+	$(T2I) demo
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest
 
+weights: $(VENV)/installed-weights
+	$(T2I) data emoji
+	$(T2I) train tokenizer configs/$(NAME)-tokenizer.toml --resume
+	$(T2I) tokenize data/emoji --tokenizer runs/$(NAME)-tokenizer -o data/emoji-tokens
+	$(T2I) train lm configs/$(NAME)-lm.toml --resume
+	$(T2I) export --tokenizer runs/$(NAME)-tokenizer --lm runs/$(NAME)-lm -o $(MODEL)
+	$(T2I) eval $(MODEL) --card
+
 install: $(VENV)/installed
 
-$(VENV)/torch:
+$(VENV)/torch: $(VENV)/asked
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is older than Python 3.10; choose one: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || \
-		{ rm -rf $(VENV); echo "no venv module; on Debian, Ubuntu: apt-get install python3-venv"; exit 1; }
+		{ echo "no venv module; on Debian, Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PIP) install $(TORCH)
 	touch $@
+
+# Written anew only where it differs.
+$(VENV)/asked: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(ASKED)' | cmp -s - $@ || echo '$(ASKED)' > $@
 
 # torch is there before the build, which reads its headers.
 $(VENV)/installed: $(VENV)/torch $(INPUTS)
@@ -43,6 +64,10 @@ $(VENV)/installed: $(VENV)/torch $(INPUTS)
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(PIP) install --editable ".[test]"
+	touch $@
+
+$(VENV)/installed-weights: $(VENV)/installed
+	$(PIP) install --editable ".[train,data,hf]"
 	touch $@
 
 clean:

@@ -93,7 +93,10 @@ def find_torch() -> tuple[Path, str]:
         if (folder / "version.py").is_file():
             break
     else:
-        raise Unavailable("torch was not installed when this package was built")
+        raise Unavailable(
+            "torch was not installed when this package was built, or the build was kept from "
+            "seeing it: pip install --no-build-isolation"
+        )
     text = (folder / "version.py").read_text()
     version = re.search(r"__version__ = '([^']+)'", text).group(1)
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
@@ -272,10 +275,16 @@ class build_native(Command):  # noqa: N801 - setuptools names commands so
         return [str(path.relative_to(ROOT)) for path in files]
 
     def get_outputs(self):
-        return [str(Path(self.build_lib, PACKAGE, name)) for name in (LIBRARY, BUILD_INFO)]
+        return list(self.get_output_mapping()) or [
+            str(Path(self.build_lib, PACKAGE, name)) for name in (LIBRARY, BUILD_INFO)
+        ]
 
     def get_output_mapping(self):
-        return {}
+        """What an editable install finds in the source tree."""
+        if not self.editable_mode:
+            return {}
+        files = [ROOT / "kernels" / PACKAGE / name for name in (LIBRARY, BUILD_INFO)]
+        return {str(Path(self.build_lib, PACKAGE, f.name)): str(f) for f in files if f.exists()}
 
 
 def write_json(path: Path, value: dict) -> None:

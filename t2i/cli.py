@@ -76,7 +76,7 @@ def data_folder(
     ] = None,
     captions: Annotated[Path | None, typer.Option(help="JSONL or CSV, if not .txt files.")] = None,
     size: Annotated[int, typer.Option(help="Side of the pictures, pixels.")] = 64,
-    held_out: Annotated[float, typer.Option(help="Share of the captions to keep aside.")] = 0.05,
+    held_out: Annotated[float, typer.Option(help="Share of the labels to keep aside.")] = 0.05,
 ) -> None:
     """Build a set from any folder of pictures with captions."""
     from t2i.data.folder import build_folder
@@ -169,6 +169,8 @@ def sample(
     """Draw pictures for captions."""
     from t2i.grid import draw_grid, save_image
 
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ValueError(f"--out {out}: expected a name that ends in .png, or a folder")
     pipeline = _load(model, device, threads)
     images = pipeline.sample(
         prompts,
@@ -207,14 +209,19 @@ def evaluate(
     top_k: TopK = 200,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    card: Annotated[bool, typer.Option("--card", help="Write it into the model's card.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
     """Measure a model's tokenizer and its pictures, for captions that it saw and did not see."""
     from t2i.data.tokens import tokenizer_checksum
     from t2i.evaluate import evaluate_model, summary
+    from t2i.pipeline import SHIPPED
+    from t2i.train.export import add_evaluation
 
     pipeline = _load(model, device, threads)
+    if card and not (model or SHIPPED).joinpath("README.md").exists():
+        raise FileNotFoundError(f"--card: {model or SHIPPED} holds no README.md")
     options = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     weights = [tokenizer_checksum(part) for part in (pipeline.tokenizer, pipeline.lm)]
     result = evaluate_model(
@@ -227,7 +234,10 @@ def evaluate(
         settings={"model": pipeline.name, "weights_sha256": weights, **options},
         progress=sys.stderr.isatty(),
     )
-    print(f"{summary(result)}\n\n{out}/eval.json, {out}/eval.png")
+    tables = summary(result)
+    if card:
+        add_evaluation(model or SHIPPED, tables, out / "eval.png")
+    print(f"{tables}\n\n{out}/eval.json, {out}/eval.png")
 
 
 @app.command()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
+import sys
 from importlib import metadata
 
 import torch
@@ -18,7 +21,6 @@ from t2i_kernels.registry import ops
 
 LIBRARIES = ("t2i", "torch", "triton", "numpy", "pillow", "safetensors", "tokenizers")
 VARIABLES = ("T2I_BACKEND", "T2I_STRICT", "T2I_CPU_CAPABILITY", "OMP_NUM_THREADS")
-REBUILD = "T2I_BUILD=cpu pip install --no-deps --force-reinstall ."
 
 
 def doctor(console: Console | None = None) -> None:
@@ -117,19 +119,33 @@ def optional_packages() -> list[tuple[str, str]]:
     return sorted(rows.items())
 
 
+def rebuild() -> str:
+    """The command that builds the native library into this installation, of the kind it is."""
+    try:
+        origin = metadata.distribution("t2i").read_text("direct_url.json") or "{}"
+    except metadata.PackageNotFoundError:
+        origin = "{}"
+    editable = json.loads(origin).get("dir_info", {}).get("editable", False)
+    what = "--editable ." if editable else "--force-reinstall ."
+    return f"T2I_BUILD=cpu {shlex.quote(sys.executable)} -m pip install --no-deps {what}"
+
+
 def remedies() -> list[tuple[str, str]]:
     """(what is missing, how to get it) of what this machine could use."""
     rows = []
     reason = native.reason()
     if reason and "T2I_CPU_CAPABILITY" in reason:
         rows.append(("native CPU kernels", "unset T2I_CPU_CAPABILITY, or set it to one of these"))
-    elif reason:
+    elif reason and sys.platform.startswith("linux"):
         if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             get = "apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)"
             rows.append(("C++ compiler", get))
-        rows.append(("native CPU kernels", f"in a clone of the repository: {REBUILD}"))
+        rows.append(("native CPU kernels", f"in a clone of the repository: {rebuild()}"))
     if shutil.which("nvidia-smi") and torch.version.cuda is None:
         get = f"this torch, {torch.__version__}, is a CPU build: install the CUDA build of torch"
+        rows.append(("GPU support", get))
+    elif shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        get = f"torch for CUDA {torch.version.cuda} finds no device: update the NVIDIA driver"
         rows.append(("GPU support", get))
     if torch.version.cuda and installed("triton") is None:
         rows.append(("triton", "pip install triton"))

@@ -28,10 +28,15 @@ def draw_grid(
         scale: enlarges small pictures by whole pixels.
 
     Raises:
-        ValueError: no images, or another number of captions.
+        ValueError: no images or of several sizes, another number of captions, or an argument out of
+            range.
     """
     if not images:
         raise ValueError("images: expected at least one")
+    if len({image.size for image in images}) > 1:
+        raise ValueError(f"images: expected one size, got {sorted({i.size for i in images})}")
+    if columns < 0 or scale < 1:
+        raise ValueError(f"columns={columns}, scale={scale}: expected at least 0 and 1")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images")
     columns = columns or max(1, round(len(images) ** 0.5))

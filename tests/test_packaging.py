@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from t2i_kernels import native
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "kernels", "t2i"]
+SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE", "csrc", "kernels", "t2i"]
 BUILD = "from setuptools import build_meta; print(build_meta.build_wheel('dist'))"
 
 
@@ -134,6 +135,39 @@ def test_what_cannot_be_built_is_an_error(tree, env, message):
     done = run(BUILD, tree, **env)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_a_source_archive_has_what_a_build_needs(tree):
+    done = run("from setuptools import build_meta; build_meta.build_sdist('dist')", tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.split("/", 1)[-1] for name in file.getnames()}
+    sources = {str(p.relative_to(tree)) for p in (tree / "csrc").rglob("*") if p.is_file()}
+    assert {"setup.py", "pyproject.toml", "LICENSE", "NOTICE", *sources} <= names
+
+
+# ---- The library of this installation -----------------------------------------------------------
+
+
+def test_a_library_that_was_built_loads():
+    if native.build_info()["backend"] is None:
+        pytest.skip(native.build_info()["reason"])
+    assert native.reason() is None
+
+
+@pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm to read libraries with")
+def test_the_library_sees_torch_through_its_stable_abi_alone():
+    """Anything else of torch may change with its next version."""
+    listing = subprocess.run(
+        ["nm", "--demangle", "--dynamic", "--undefined-only", str(native.LIBRARY)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "aoti_torch_" in listing
+    assert [line for line in listing.splitlines() if re.search(r"\b(at|c10|torch)::", line)] == []
 
 
 # ---- setup.py's view of the machine -------------------------------------------------------------
