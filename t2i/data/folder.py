@@ -189,7 +189,7 @@ def _entry(name: str, file: Path, fields: dict | Rejected, held_out: float) -> E
     if not file.is_file():
         raise Rejected("no such file")
     caption = " ".join(caption.split())
-    _check_described(fields)
+    _bring_into_form(fields)
     split = fields.pop("split", None)
     if split is None:
         kind = fields.get("label", caption)
@@ -199,8 +199,8 @@ def _entry(name: str, file: Path, fields: dict | Rejected, held_out: float) -> E
     return Entry(name, {"caption": caption, **fields, "file": name, "split": split}, file)
 
 
-def _check_described(fields: dict) -> None:
-    """Bring the fields that training reads into their form: two texts and a list of texts."""
+def _bring_into_form(fields: dict) -> None:
+    """The fields that training reads become two texts and a list of texts, or are left out."""
     for name in ("label", "style", "tags"):
         if fields.get(name) in (None, "", []):
             fields.pop(name, None)

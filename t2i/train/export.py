@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from t2i.data.files import read_jsonl
+from t2i.data.files import read_jsonl, write_text
 from t2i.data.tokens import tokenizer_checksum
 from t2i.pipeline import T2I
 
@@ -65,11 +65,7 @@ def add_evaluation(model: str | Path, tables: str, picture: str | Path) -> None:
     text = card.read_text(encoding="utf-8").split(EVALUATION)[0]
     shutil.copyfile(picture, model / ".samples.png")
     os.replace(model / ".samples.png", samples)
-    part = model / ".README.md"
-    part.write_text(
-        f"{text}{EVALUATION}\n{tables}\n\n![Samples]({samples.name})\n", encoding="utf-8"
-    )
-    os.replace(part, card)
+    write_text(card, f"{text}{EVALUATION}\n{tables}\n\n![Samples]({samples.name})\n")
 
 
 def _sources(sources: list[dict[str, str]]) -> str:
