@@ -1,7 +1,9 @@
 # make demo      draw demo.png with the weights that ship in the repository
 # make test      run the tests
-# make weights   make the shipped weights again: data, both trainings, evaluation. Hours; it can be
+# make weights   make the shipped weights again: data, the trainings, evaluation. Hours; it can be
 #                interrupted, and goes on where it stopped
+# make sanitize  run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
+# make bench     measure the kernels beside their peers: benchmarks/results/README.md. An hour or two
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
 # make clean     remove the environment and what the build left
 #
@@ -26,7 +28,9 @@ T2I := $(VENV)/bin/t2i
 NAME := emoji64
 MODEL := t2i/pretrained/$(NAME)
 
-.PHONY: demo test weights install clean FORCE
+.PHONY: demo test sanitize weights bench install clean FORCE
+
+BENCH_THREADS ?= 1 2
 
 demo: $(VENV)/installed
 	$(T2I) demo
@@ -34,13 +38,32 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest
 
+# The instrumented library takes the other's place, and the next make builds that again.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(VENV)/installed-test
+	rm -f $(VENV)/installed
+	CXXFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" $(PIP) install --editable .
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 OMP_NUM_THREADS=2 \
+		$(VENV)/bin/python -m pytest tests/kernels -k "cpu or native"
+
 weights: $(VENV)/installed-weights
 	$(T2I) data emoji
 	$(T2I) train tokenizer configs/$(NAME)-tokenizer.toml --resume
 	$(T2I) tokenize data/emoji --tokenizer runs/$(NAME)-tokenizer -o data/emoji-tokens
 	$(T2I) train lm configs/$(NAME)-lm.toml --resume
-	$(T2I) export --tokenizer runs/$(NAME)-tokenizer --lm runs/$(NAME)-lm -o $(MODEL)
-	$(T2I) eval $(MODEL) --card
+	$(T2I) train tokenizer configs/$(NAME)-decoder.toml --resume
+	$(T2I) train lm configs/$(NAME)-lm-first-view.toml --resume
+	$(T2I) export --tokenizer runs/$(NAME)-decoder --lm runs/$(NAME)-lm-first-view \
+		--cfg 1.5 --temperature 0.5 -o $(MODEL)
+	$(T2I) eval $(MODEL) --prompts 2000 --card
+
+bench: $(VENV)/installed-bench
+	mkdir -p benchmarks/results
+	for n in $(BENCH_THREADS); do for op in vq_nearest flash_attention; do \
+		OMP_NUM_THREADS=$$n $(VENV)/bin/python -m pytest -q benchmarks/test_$$op.py \
+			--benchmark-json=benchmarks/results/$$op-$$n.json || exit 1; done; done
+	$(VENV)/bin/python benchmarks/report.py
 
 install: $(VENV)/installed
 
@@ -68,6 +91,10 @@ $(VENV)/installed-test: $(VENV)/installed
 
 $(VENV)/installed-weights: $(VENV)/installed
 	$(PIP) install --editable ".[train,data,hf]"
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(PIP) install --editable ".[bench]"
 	touch $@
 
 clean:

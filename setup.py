@@ -9,6 +9,8 @@ operators on torch's stable ABI: it serves every Python, and every torch from 2.
     cuda    an error: this version has no CUDA sources
     0       pure Python
 
+``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` mean what they always do.
+
 The choice depends on the tools present, never on the devices visible. ``_build_info.json``, beside
 the library, says what was built, how, or why not; ``t2i doctor`` shows it.
 """
@@ -47,10 +49,15 @@ GIGABYTES_PER_JOB = 1.0  # a compiler takes 0.3 GB with these sources
 
 # Kernels are free of torch but for the header-only at::vec, which TORCH_TARGET_VERSION would
 # disable; the rest sees torch through its stable ABI alone.
-KERNEL_SOURCES = ["csrc/cpu/vq_nearest.cpp"]
-PLAIN_SOURCES = ["csrc/cpu/capability.cpp", "csrc/bindings/vq_nearest_cpu.cpp"]
+KERNEL_SOURCES = ["csrc/cpu/vq_nearest.cpp", "csrc/cpu/flash_attention.cpp"]
+PLAIN_SOURCES = [
+    "csrc/cpu/capability.cpp",
+    "csrc/cpu/vq_tree.cpp",
+    "csrc/bindings/vq_nearest_cpu.cpp",
+    "csrc/bindings/flash_attention_cpu.cpp",
+]
 
-WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 PLAIN_FLAGS = ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
 # Uncontracted, what is computed in double is the same to the bit in every instruction set.
@@ -119,6 +126,10 @@ def find_compiler() -> list[str]:
     raise Unavailable("no C++ compiler was found: none of c++, g++, clang++ is on PATH")
 
 
+def extra_flags(variable: str) -> list[str]:
+    return shlex.split(os.environ.get(variable, ""))
+
+
 def compile_jobs() -> int:
     """How many compilers run at once: ``MAX_JOBS``, or what cores and free memory allow."""
     if os.environ.get("MAX_JOBS", "").isdigit():
@@ -167,7 +178,7 @@ class Toolchain:
             flags = [*KERNEL_FLAGS, *name, *CAPABILITY_FLAGS[capability]]
         include = [f"-I{self.root / 'csrc'}", "-isystem", str(self.torch / "include")]
         files = ["-c", str(self.root / source), "-o", str(target)]
-        self.run(*COMMON_FLAGS, *flags, *include, *files)
+        self.run(*COMMON_FLAGS, *flags, *extra_flags("CXXFLAGS"), *include, *files)
         return target
 
     def link(self, objects: list[Path], target: Path) -> None:
@@ -178,7 +189,8 @@ class Toolchain:
         partial = target.with_name(f".{target.name}.{os.getpid()}")
         libraries = [f"-L{self.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
         try:
-            self.run("-shared", *map(str, objects), "-o", str(partial), *libraries)
+            files = [*map(str, objects), "-o", str(partial)]
+            self.run("-shared", *extra_flags("LDFLAGS"), *files, *libraries)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -195,7 +207,9 @@ class Toolchain:
         for path in [Path(__file__), *sorted((self.root / "csrc").rglob("*"))]:
             if path.is_file():
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        digest.update(repr((self.compiler, self.compiler_version, self.torch_version)).encode())
+        flags = extra_flags("CXXFLAGS"), extra_flags("LDFLAGS")
+        made_by = (self.compiler, self.compiler_version, self.torch_version, *flags)
+        digest.update(repr(made_by).encode())
         return digest.hexdigest()[:16]
 
 
@@ -261,7 +275,7 @@ class build_native(Command):  # noqa: N801 - setuptools names commands so
             "reason": None,
             "torch": toolchain.torch_version,
             "compiler": f"{shlex.join(toolchain.compiler)}: {toolchain.compiler_version}",
-            "flags": shlex.join([*COMMON_FLAGS, *KERNEL_FLAGS]),
+            "flags": shlex.join([*COMMON_FLAGS, *KERNEL_FLAGS, *extra_flags("CXXFLAGS")]),
             "capabilities": toolchain.capabilities,
             "key": key,
         }

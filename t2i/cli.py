@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import sys
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,10 +44,11 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int, typer.Option(help="Threads of the CPU; 0: torch's own choice.")]
-Cfg = Annotated[float, typer.Option(help="Guidance scale; 1 is off.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely code.")]
-TopK = Annotated[int, typer.Option(help="Keep the k most likely codes; 0: all.")]
-TopP = Annotated[float, typer.Option(help="Keep the likely codes up to this probability.")]
+# Options of sampling; by default the model's own.
+Cfg = Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely code.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0: all.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the likely codes up to this probability.")]
 Seed = Annotated[int, typer.Option(help="Of the first picture; the next has the next seed.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the configuration.", metavar="[KEY=VALUE]...")
@@ -139,11 +141,20 @@ def export(
     lm: Annotated[Path, typer.Option(help="Run of the language model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     name: Annotated[str, typer.Option(help="Of the model.")] = "",
+    cfg: Cfg = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
 ) -> None:
-    """Join two finished runs into one model: averaged weights, fp16, with a model card."""
+    """Join two finished runs into one model: averaged weights, fp16, with a model card.
+
+    The options of sampling become the model's own, which it draws with unless told otherwise.
+    """
+    from t2i.pipeline import Sampling
     from t2i.train.export import export
 
-    export(tokenizer, lm, out, name=name or out.name)
+    sampling = Sampling(**_given(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p))
+    export(tokenizer, lm, out, name=name or out.name, sampling=sampling)
     print(f"model in {out}")
 
 
@@ -154,10 +165,10 @@ def sample(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="One .png of all, or a folder for single ones.")
     ] = Path("samples.png"),
-    cfg: Cfg = 3.0,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 200,
-    top_p: TopP = 1.0,
+    cfg: Cfg = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
     scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
@@ -204,17 +215,17 @@ def evaluate(
     dataset: Annotated[Path, typer.Option(help="Folder of the dataset.")] = Path("data/emoji"),
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("eval"),
     prompts: Annotated[int, typer.Option(help="Captions of each split.")] = 300,
-    cfg: Cfg = 3.0,
-    temperature: Temperature = 1.0,
-    top_k: TopK = 200,
-    top_p: TopP = 1.0,
+    cfg: Cfg = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     seed: Seed = 0,
     card: Annotated[bool, typer.Option("--card", help="Write it into the model's card.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
     """Measure a model's tokenizer and its pictures, for captions that it saw and did not see."""
-    from t2i.data.tokens import tokenizer_checksum
+    from t2i.data.tokens import weights_checksum
     from t2i.evaluate import evaluate_model, summary
     from t2i.pipeline import SHIPPED
     from t2i.train.export import add_evaluation
@@ -222,8 +233,9 @@ def evaluate(
     pipeline = _load(model, device, threads)
     if card and not (model or SHIPPED).joinpath("README.md").exists():
         raise FileNotFoundError(f"--card: {model or SHIPPED} holds no README.md")
-    options = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    weights = [tokenizer_checksum(part) for part in (pipeline.tokenizer, pipeline.lm)]
+    given = _given(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = asdict(pipeline.sampling) | given
+    weights = [weights_checksum(part) for part in (pipeline.tokenizer, pipeline.lm)]
     result = evaluate_model(
         lambda captions, seeds: pipeline.sample(captions, seed=seeds, **options),
         pipeline.tokenizer,
@@ -280,6 +292,10 @@ def describe(pipeline: T2I) -> str:
         f"{numbers.images} pictures, {numbers.tokens_per_second:.0f} tokens/s, "
         f"{numbers.seconds_per_image:.2f} s an image ({numbers.backend} attention)"
     )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _load(model: Path | None, device: str, threads: int) -> T2I:

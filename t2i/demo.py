@@ -30,7 +30,6 @@ PROMPTS = (
     "green heart, fluent style",
     "house with garden, fluent flat style",
 )
-OPTIONS = {"cfg": 3.0, "top_k": 200, "seed": 0}
 
 
 def demo(pipeline: T2I, out: Path, console: Console | None = None) -> None:
@@ -45,7 +44,7 @@ def demo(pipeline: T2I, out: Path, console: Console | None = None) -> None:
     for title, explanation in backends(pipeline).items():
         console.print(backend_table(title, explanation), "")
 
-    images = pipeline.sample(PROMPTS, progress=console.is_terminal, **OPTIONS)  # warms up, too
+    images = pipeline.sample(PROMPTS, progress=console.is_terminal)  # warms up, too
     table = Table("path", "decoding attention", "tokens/s", "s an image", box=None)
     paths = {"automatic": None, "reference": "reference"}
     best = dict(zip(paths, measure(pipeline, list(paths.values())), strict=True))
@@ -65,7 +64,7 @@ def measure(pipeline: T2I, paths: list[str | None]) -> list[Statistics]:
     for _ in range(2):
         runs = []
         for backend in paths:
-            pipeline.sample(PROMPTS, backend=backend, **OPTIONS)
+            pipeline.sample(PROMPTS, backend=backend)
             runs.append(pipeline.statistics)
         pairs = zip(best or runs, runs, strict=True)
         best = [min(pair, key=lambda numbers: numbers.seconds_per_image) for pair in pairs]

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
 
@@ -23,6 +24,16 @@ FORMAT_VERSION = 1
 SHIPPED = Path(__file__).parent / "pretrained" / "emoji64"
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a model draws unless a call says otherwise; see ``sampling.sample_codes``."""
+
+    cfg: float = 3.0
+    temperature: float = 1.0
+    top_k: int = 200
+    top_p: float = 1.0
+
+
 class T2I:
     """An image tokenizer, a language model over its codes, and the captions' tokenizer.
 
@@ -31,6 +42,7 @@ class T2I:
         lm: whose image vocabulary has as many rows as ``tokenizer`` has codes.
         text: whose tokens the text rows of ``lm`` cover.
         image_size: (height, width) of the images, multiples of ``tokenizer.downsampling``.
+        sampling: its options of ``sample`` where a call has none.
         name: shown to people.
 
     Raises:
@@ -46,6 +58,7 @@ class T2I:
         text: TextTokenizer,
         *,
         image_size: tuple[int, int],
+        sampling: Sampling = Sampling(),
         name: str = "t2i",
     ):
         config, step = lm.config, tokenizer.downsampling
@@ -66,6 +79,7 @@ class T2I:
         self.lm = lm.eval()
         self.text = text
         self.image_size = (height, width)
+        self.sampling = sampling
         self.name = name
         self.statistics: Statistics | None = None
 
@@ -110,6 +124,7 @@ class T2I:
             load_lm(path),
             TextTokenizer.from_file(path / "text_tokenizer.json"),
             image_size=tuple(description["image_size"]),
+            sampling=Sampling(**description.get("sampling", {})),
             name=description["name"],
         )
         if device is None:
@@ -136,6 +151,7 @@ class T2I:
             "format_version": FORMAT_VERSION,
             "name": self.name,
             "image_size": list(self.image_size),
+            "sampling": asdict(self.sampling),
         }
         _write(path / "model.json", json.dumps(description, indent=2) + "\n")
 
@@ -144,10 +160,10 @@ class T2I:
         prompts: str | Sequence[str],
         n: int = 1,
         *,
-        cfg: float | Sequence[float] = 3.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        cfg: float | Sequence[float] | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         backend: str | None = None,
@@ -163,7 +179,8 @@ class T2I:
                 ``seed=0`` is picture 0 of ``seed=3``. A sequence has one for each prompt.
             batch_size: pictures drawn together; bounds memory.
             progress: True shows a bar; a function is called with (tokens done, tokens in all).
-            cfg, temperature, top_k, top_p, backend: see ``sampling.sample_codes``.
+            cfg, temperature, top_k, top_p: see ``sampling.sample_codes``; None is the model's own.
+            backend: see ``sampling.sample_codes``.
 
         Returns:
             ``len(prompts) * n`` RGB images, those of the first prompt first.
@@ -180,6 +197,8 @@ class T2I:
         seeds = [int(seed)] * len(rows) if isinstance(seed, Integral) else list(map(int, seed))
         if len(seeds) != len(rows):
             raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
+        given = {"cfg": cfg, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options = asdict(self.sampling) | {k: v for k, v in given.items() if v is not None}
         work = [(row, first + i) for row, first in zip(rows, seeds, strict=True) for i in range(n)]
         images: list[Image.Image] = []
         total = Statistics()
@@ -197,10 +216,7 @@ class T2I:
                     seeds=[seed for _, seed in batch],
                     grid=self.grid,
                     unconditional=self.text.prompt(None),
-                    cfg=cfg,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
+                    **options,
                     backend=backend,
                     progress=report and on_token,
                 )

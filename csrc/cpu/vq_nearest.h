@@ -15,36 +15,47 @@
 //      with score - E not above it are measured in fp64, and the nearest of these, the lowest index
 //      first, is the answer. Usually there is one.
 //
+// In few dimensions most codes are ruled out before they are scored. The leaves of a tree of boxes
+// (vq_tree.h) are the blocks then, of 16 codes. The upper bound of a vector, from the leaf that it
+// falls into, is a radius around it, and only leaves whose box is within it are scored; they lower
+// the bound in turn. Vectors are searched for in the order of their leaves, so that each starts with
+// the leaf where its neighbour ended.
+//
 // The bound (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): with u = 2^-24,
 // an fp32 sum of d products that starts from h is off by at most gamma_{d+1} (|h| + sum |z_i c_i|),
 // gamma_n = n u / (1 - n u), fused or not and in any order. With |c| <= C in a block, h = |c|^2/2
 // and Cauchy-Schwarz, that is gamma (C^2/2 + |z| C). The roundings of h, z and c, and of the bound
-// itself, add a few u to gamma: see error_gamma().
+// itself, add a few u to gamma: see error_gamma(). E also covers what fp64 rounds: codes that it finds
+// equally near are all measured, and the lowest index among them is the answer in every case.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "cpu/vq_tree.h"
 
 namespace t2i::cpu {
 
 enum class Metric { l2, cosine };
 
-constexpr int64_t kBlock = 64;    // codes a block
+constexpr int64_t kBlock = 64;      // codes a block, of all codes
+constexpr int64_t kLeafBlock = 16;  // of a tree
 constexpr int64_t kQueries = 64;  // vectors a tile, the unit that search() is called with
 
 // A codebook made ready for search.
 struct VqCodebook {
   const float* codes;  // [num_codes, dim], contiguous
   int64_t num_codes;
-  int64_t num_blocks;  // ceil(num_codes / kBlock)
+  int64_t num_blocks;
+  int64_t block;  // codes a block, kBlock or kLeafBlock
   int64_t dim;
   Metric metric;
+  const int32_t* order;  // [num_blocks, block], the code at each place, -1 for none; null: in order
 
   double* center;      // [dim], the mean of the codes' points
   double scale = 1;    // a power of two
-  float* packed;       // [num_blocks, dim, kBlock], -scale * (point - center)
-  float* half_norm;    // [num_blocks, kBlock], of the packed point squared; inf without a code
+  float* packed;       // [num_blocks, dim, block], -scale * (point - center)
+  float* half_norm;    // [num_blocks, block], of the packed point squared; inf without a code
   float* error_base;   // [num_blocks]: the error of a score is at most
   float* error_slope;  // [num_blocks]      error_base + |query| error_slope
 };
@@ -63,6 +74,19 @@ struct VqKernels {
 
   // Size of search's workspace, in doubles.
   int64_t (*search_workspace)(const VqCodebook& codebook);
+
+  // The leaf of each vector [begin, end): where it falls, whatever is nearest.
+  void (*route)(const VqCodebook& codebook, const VqTree& tree, const float* z, int64_t begin,
+                int64_t end, int32_t* leaves);
+
+  // As search, for the vectors rows[begin ... end) whose leaves, in ascending order, are
+  // leaves[begin ... end). Adds the scores that it computed to scored.
+  int64_t (*search_tree)(const VqCodebook& codebook, const VqTree& tree, const float* z,
+                         const int32_t* rows, const int32_t* leaves, int64_t begin, int64_t end,
+                         int64_t* indices, float* distance, double* workspace, int64_t& scored);
+
+  // Size of search_tree's workspace, in doubles.
+  int64_t (*search_tree_workspace)(const VqCodebook& codebook);
 };
 
 namespace DEFAULT {

@@ -98,7 +98,7 @@ def tokenize_dataset(
         "views": views,
         "flip": flip,
         "num_codes": tokenizer.num_codes,
-        "tokenizer_sha256": tokenizer_checksum(tokenizer),
+        "tokenizer_sha256": encoder_checksum(tokenizer),
         "dataset_sha256": data.checksum,
         "sources": data.info.get("sources", []),
     }
@@ -129,10 +129,18 @@ def tokenize_dataset(
     return True
 
 
-def tokenizer_checksum(tokenizer: torch.nn.Module) -> str:
-    """SHA-256 of a tokenizer's parameters and codebook."""
+def encoder_checksum(tokenizer: torch.nn.Module) -> str:
+    """SHA-256 of what gives a tokenizer's codes their meaning: all weights but the decoder's."""
+    return weights_checksum(tokenizer, without=tokenizer.decoder_parts)
+
+
+def weights_checksum(module: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 of a module's parameters and buffers, but for names that start like one of
+    ``without``."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tokenizer.state_dict().items()):
+    for name, tensor in sorted(module.state_dict().items()):
+        if name.startswith(without):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

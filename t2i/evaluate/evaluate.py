@@ -16,7 +16,7 @@ from torch import Tensor
 from t2i.data import SPLITS, ImageTextDataset
 from t2i.data.dataset import rows_of, unit_hash
 from t2i.data.files import write_array, write_json
-from t2i.data.tokens import to_float, tokenizer_checksum
+from t2i.data.tokens import to_float, weights_checksum
 from t2i.grid import draw_grid, save_image
 
 from .alignment import RidgeAlignment
@@ -93,7 +93,7 @@ def evaluate_model(
     def sample(split: str) -> np.ndarray:
         captions = [data.pairs[row]["caption"] for row in chosen[split]]
         seeds = list(range(seed, seed + len(captions)))
-        inputs = [settings, tokenizer_checksum(tokenizer), captions, seeds]
+        inputs = [settings, weights_checksum(tokenizer), captions, seeds]
         return _samples(generate, captions, seeds, out / f"samples-{_key(inputs)}")
 
     samples = {split: sample(split) for split in splits}

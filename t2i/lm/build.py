@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 def build_lm(
     name_or_config: str | LMConfig | None,
-    pretrained: str | Path | None = None,
+    pretrained: str | Path | TransformerLM | None = None,
     *,
     image_vocab: int | None = None,
     image_init: str = "random",
@@ -32,7 +32,7 @@ def build_lm(
         name_or_config: a name of ``LM_CONFIGS`` or a configuration. None takes it from the
             checkpoint, where that says.
         pretrained: path of a checkpoint (``checkpoints.read_checkpoint``, or a folder written by
-            ``save_lm``).
+            ``save_lm``), or a model, whose weights are taken over.
         image_vocab: append that many image rows, started as ``image_init`` says; see
             ``TransformerLM.extend_vocabulary``.
         image_init: "random" or "mean".
@@ -48,11 +48,10 @@ def build_lm(
         if config is None:
             raise ValueError("give a name, a configuration or pretrained weights")
         lm = TransformerLM(config)
+    elif isinstance(pretrained, TransformerLM):
+        lm = _continued(config, pretrained.config, pretrained.state_dict(), "pretrained")
     elif (Path(pretrained) / "lm.json").exists():
-        found, state = _read_lm(Path(pretrained))
-        if config is not None:
-            found = same_architecture(config, found, Path(pretrained))
-        lm = _with_weights(found, state, pretrained)
+        lm = _continued(config, *_read_lm(Path(pretrained)), pretrained)
     else:
         lm = _with_weights(*read_checkpoint(pretrained, config), pretrained)
     if image_vocab is None and text_vocab is not None:
@@ -116,6 +115,14 @@ def _read_lm(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
     state = read_safetensors(folder / "lm.safetensors")
     state = {name: tensor.float() for name, tensor in state.items()}
     return LMConfig.from_dict(description["config"]), state
+
+
+def _continued(
+    asked: LMConfig | None, found: LMConfig, state: dict[str, Tensor], source: str | Path
+) -> TransformerLM:
+    """A model of this project, with what ``asked`` may change about it."""
+    config = found if asked is None else same_architecture(asked, found, Path(source))
+    return _with_weights(config, state, source)
 
 
 def _with_weights(config: LMConfig, state: dict[str, Tensor], source: str | Path) -> TransformerLM:

@@ -40,6 +40,7 @@ class Emoji64(nn.Module):
     """VQ autoencoder of square or oblong RGB images in [-1, 1]; one token for each 8×8 pixels."""
 
     downsampling = 8
+    decoder_parts = ("decoder.",)  # what parameters are called that have no say in the codes
 
     def __init__(self, config: Emoji64Config = Emoji64Config()) -> None:
         super().__init__()

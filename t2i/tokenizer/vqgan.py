@@ -46,6 +46,8 @@ class VQGANConfig:
 class VQGAN(nn.Module):
     """VQ autoencoder of RGB images in [-1, 1] of any size that ``downsampling`` divides."""
 
+    decoder_parts = ("post_quant_conv.", "decoder.")  # see Emoji64
+
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config

@@ -50,6 +50,11 @@ def _one_of(config: Any, name: str, *choices: str) -> None:
         raise ConfigError(f"{name}={getattr(config, name)!r}: expected {' or '.join(choices)}")
 
 
+def _needs_pretrained(config: Any) -> None:
+    if config.init == "pretrained" and not config.pretrained:
+        raise ConfigError("init='pretrained' needs pretrained, the path of a checkpoint")
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run lives and what it does beside training."""
@@ -120,6 +125,16 @@ class ImageData:
 class TokenizerModel:
     name: str = "emoji64"  # of t2i.tokenizer.TOKENIZER_CONFIGS
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of its configuration
+    init: str = "random"  # or "pretrained"
+    pretrained: str = ""  # path of a run, a model or a published checkpoint
+    train: str = "all"  # or "decoder": codes stay what they are, and so do tokens written before
+
+    def __post_init__(self) -> None:
+        _one_of(self, "init", "random", "pretrained")
+        _one_of(self, "train", "all", "decoder")
+        _needs_pretrained(self)
+        if self.train == "decoder" and self.init != "pretrained":
+            raise ConfigError("train='decoder' needs init='pretrained': random codes say nothing")
 
 
 @dataclass(frozen=True)
@@ -167,6 +182,10 @@ class TokenData:
     path: str = "data/emoji-tokens"  # written by t2i tokenize
     tokenizer: str = "runs/tokenizer"  # that wrote them, a run or a model; "": draw no samples
     tokenizer_name: str = ""  # which one it is, of a published checkpoint
+    views: int = 0  # of each picture; 1: as it is; 0: all that were written
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "views")
 
 
 @dataclass(frozen=True)
@@ -195,14 +214,13 @@ class LMModel:
     name: str = "emoji"  # of t2i.lm.LM_CONFIGS
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of its configuration
     init: str = "random"  # or "pretrained"
-    pretrained: str = ""  # path of the checkpoint
+    pretrained: str = ""  # path of a run or a checkpoint
     image_init: str = "random"  # new rows of a vocabulary without images: or "mean"
 
     def __post_init__(self) -> None:
         _one_of(self, "init", "random", "pretrained")
         _one_of(self, "image_init", "random", "mean")
-        if self.init == "pretrained" and not self.pretrained:
-            raise ConfigError("init='pretrained' needs pretrained, the path of a checkpoint")
+        _needs_pretrained(self)
 
 
 @dataclass(frozen=True)

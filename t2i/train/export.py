@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from t2i.data.files import read_jsonl, write_text
-from t2i.data.tokens import tokenizer_checksum
-from t2i.pipeline import T2I
+from t2i.data.tokens import encoder_checksum
+from t2i.pipeline import T2I, Sampling
 
 from .lm import load_trained_lm
 from .loop import holds_run, load_run
 from .tokenizer import load_image_tokenizer
 
 
-def export(tokenizer: str | Path, lm: str | Path, out: str | Path, *, name: str) -> T2I:
+def export(
+    tokenizer: str | Path,
+    lm: str | Path,
+    out: str | Path,
+    *,
+    name: str,
+    sampling: Sampling | None = None,
+) -> T2I:
     """Write the averaged weights of two runs as a model folder in fp16, with a model card.
 
     Args:
@@ -26,6 +33,7 @@ def export(tokenizer: str | Path, lm: str | Path, out: str | Path, *, name: str)
         lm: a run.
         out: folder to write.
         name: of the model, shown to people.
+        sampling: how it draws unless a call says otherwise; by default as ``Sampling()``.
 
     Raises:
         FileNotFoundError: no checkpoint in one of the runs.
@@ -34,10 +42,17 @@ def export(tokenizer: str | Path, lm: str | Path, out: str | Path, *, name: str)
     published = load_run(lm).config["data"].get("tokenizer_name")
     image_tokenizer = load_image_tokenizer(tokenizer, published or None)
     language_model, text, description = load_trained_lm(lm)
-    if tokenizer_checksum(image_tokenizer) != description["tokenizer_sha256"]:
+    if encoder_checksum(image_tokenizer) != description["tokenizer_sha256"]:
         raise ValueError(f"{lm} was trained on the tokens of another tokenizer than {tokenizer}")
     image_size = tuple(description["image_size"])
-    model = T2I(image_tokenizer, language_model, text, image_size=image_size, name=name)
+    model = T2I(
+        image_tokenizer,
+        language_model,
+        text,
+        image_size=image_size,
+        sampling=sampling or Sampling(),
+        name=name,
+    )
     card = "\n".join(
         [
             f"# {name}\n",
@@ -77,18 +92,34 @@ def _sources(sources: list[dict[str, str]]) -> str:
 
 
 def _section(title: str, run: str | Path, parameters: str) -> str:
-    """Size, time, configuration and last evaluation of a run; of other weights where they are."""
+    """What a model's weights went through, from the first run on."""
+    runs = [_run(part) for part in _history(run)]
+    return "\n".join([f"## {title}\n", f"{parameters}.\n", *runs])
+
+
+def _history(run: str | Path) -> list[str | Path]:
+    """A run behind the runs that its weights come from; of other weights where they are."""
     if not holds_run(run):
-        return f"## {title}\n\n{parameters}, from {Path(run).name}.\n"
+        return [run]
+    model = load_run(run).config["model"]
+    before = _history(model["pretrained"]) if model.get("init") == "pretrained" else []
+    return [*before, run]
+
+
+def _run(run: str | Path) -> str:
+    """Time, configuration and last evaluation of a run."""
+    name = Path(run).name
+    if not holds_run(run):
+        return f"From {name}.\n"
     checkpoint = load_run(run)
     lines = read_jsonl(Path(run) / "metrics.jsonl")
     last = next((line for line in reversed(lines) if line["split"] == "evaluation"), {})
     metrics = {k: v for k, v in last.items() if k not in ("step", "split")}
-    rows = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    rows = [f"| {key} | {value:.4g} |" for key, value in metrics.items()]
     return "\n".join(
         [
-            f"## {title}\n",
-            f"{parameters}, {checkpoint.step} steps in {_hours(lines):.1f} hours.\n",
+            f"### {name}\n",
+            f"{checkpoint.step} steps in {_hours(lines):.1f} hours.\n",
             f"| evaluation after step {last.get('step', '-')} | |",
             "|---|---|",
             *rows,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t2i.data import SPLITS, TokenDataset
 from t2i.data.files import write_json
-from t2i.data.tokens import tokenizer_checksum
+from t2i.data.tokens import encoder_checksum
 from t2i.grid import draw_grid
 from t2i.lm import LMConfig, TransformerLM, build_lm
 from t2i.lm.build import get_config
@@ -58,6 +58,13 @@ class LMTask:
         self.config, self.device = config, device
         self.batch_size = config.optim.batch_size
         self.data = TokenDataset(config.data.path)
+        written = self.data.tokens.shape[1]
+        self.views = config.data.views or written
+        if self.views > written:
+            raise ValueError(
+                f"data.views={self.views}: {config.data.path} holds {written} of each picture; "
+                "t2i tokenize --views writes more"
+            )
         self.order = DataOrder(self.data.rows("train"), config.run.seed)
         self.splits = {
             split: spread(self.data.rows(split), config.evaluation.pairs) for split in SPLITS
@@ -90,7 +97,7 @@ class LMTask:
     def _draw(self, sample: int, rng: np.random.Generator) -> tuple[str | None, np.ndarray]:
         """A caption of a sample, and the codes of one view of its image."""
         caption = vary_caption(self.data.pairs[sample], self.config.captions, rng)
-        return caption, self.data.tokens[sample, rng.integers(self.data.tokens.shape[1])]
+        return caption, self.data.tokens[sample, rng.integers(self.views)]
 
     def _micro_batches(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:
         captions, images = zip(*self.batches(position), strict=True)
@@ -207,7 +214,7 @@ class LMTask:
         if not data.tokenizer:
             return None
         tokenizer = load_image_tokenizer(data.tokenizer, data.tokenizer_name or None)
-        if tokenizer_checksum(tokenizer) != self.data.info["tokenizer_sha256"]:
+        if encoder_checksum(tokenizer) != self.data.info["tokenizer_sha256"]:
             raise ValueError(
                 f"the tokens in {data.path} were not written by the tokenizer in {data.tokenizer}: "
                 "run t2i tokenize again, or name the right one as data.tokenizer"
@@ -242,9 +249,12 @@ def _build(config: LMTraining, text: TextTokenizer, num_codes: int) -> Transform
         **checked(architecture, model.overrides, "model.overrides.")
     )
     has_images = architecture.image_vocab_size > 0
+    pretrained = model.pretrained if model.init == "pretrained" else None
+    if pretrained is not None and holds_run(pretrained):
+        pretrained, _, _ = load_trained_lm(pretrained)
     lm = build_lm(
         architecture,
-        pretrained=model.pretrained if model.init == "pretrained" else None,
+        pretrained=pretrained,
         image_vocab=None if has_images else num_codes,
         image_init=model.image_init,
         text_vocab=None if has_images else text.vocab_size,

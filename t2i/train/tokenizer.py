@@ -15,6 +15,8 @@ from t2i.data import ImageTextDataset
 from t2i.data.tokens import to_float
 from t2i.grid import draw_grid
 from t2i.tokenizer import TOKENIZER_CONFIGS, build_tokenizer, load_tokenizer
+from t2i.tokenizer.emoji64 import Emoji64Config
+from t2i.tokenizer.vqgan import VQGANConfig
 
 from .adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss
 from .config import TokenizerTraining, updated
@@ -42,7 +44,7 @@ def load_image_tokenizer(path: str | Path, name: str | None = None) -> nn.Module
     if not holds_run(path):
         return load_tokenizer(path, name)
     checkpoint = load_run(path)
-    tokenizer = _build(updated(TokenizerTraining(), checkpoint.config))
+    tokenizer = build_tokenizer(_architecture(updated(TokenizerTraining(), checkpoint.config)))
     tokenizer.load_state_dict(checkpoint.weights["ema"])
     return tokenizer.eval()
 
@@ -65,6 +67,10 @@ class TokenizerTask:
 
         # Convolutions are faster on channels-last memory, on the CPU and on the GPU.
         self.tokenizer = _build(config).to(device, memory_format=torch.channels_last)
+        self.decoder_alone = config.model.train == "decoder"
+        if self.decoder_alone:
+            for name, parameter in self.tokenizer.named_parameters():
+                parameter.requires_grad_(name.startswith(self.tokenizer.decoder_parts))
         self.ema = Ema(self.tokenizer, config.optim.ema)
         if config.run.compile:
             self.tokenizer.encoder.compile()
@@ -126,8 +132,7 @@ class TokenizerTask:
         """
         config = self.config
         share = 1 / config.optim.accumulate
-        with autocast(self.device, config.run.precision):
-            reconstruction, vq = self.tokenizer(images)
+        reconstruction, vq_loss = self._reconstruct(images)
         leaf = reconstruction.detach().float().requires_grad_()
         quality, metrics = self._quality(leaf, images, step)
         (gradient,) = torch.autograd.grad(quality, leaf)
@@ -141,11 +146,25 @@ class TokenizerTask:
             )
             (share * verdict).backward()
             metrics |= {"gan": adversarial, "gan_weight": weight, "discriminator": verdict}
-        torch.autograd.backward(
-            [reconstruction, vq.loss],
-            [(share * gradient).to(reconstruction.dtype), vq.loss.new_tensor(share)],
-        )
-        return {**metrics, "vq": vq.loss}
+        ends, gradients = [reconstruction], [(share * gradient).to(reconstruction.dtype)]
+        if vq_loss is not None:
+            metrics["vq"] = vq_loss
+            ends.append(vq_loss)
+            gradients.append(vq_loss.new_tensor(share))
+        torch.autograd.backward(ends, gradients)
+        return metrics
+
+    def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The images as they come back, and the quantizer's own loss if it is trained."""
+        precision = autocast(self.device, self.config.run.precision)
+        if self.decoder_alone:
+            with torch.no_grad():  # and in fp32: the codes that it is going to be given
+                codes = self.tokenizer.encode(images)
+            with precision:
+                return self.tokenizer.decode(codes), None
+        with precision:
+            reconstruction, vq = self.tokenizer(images)
+        return reconstruction, vq.loss
 
     def _reached(self, share: float, step: int) -> bool:
         return step >= share * self.config.run.steps
@@ -179,7 +198,7 @@ class TokenizerTask:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """PSNR (dB) of the averaged weights on images as they are, and the share of codes in use:
-        by the training batches of late, and by the images evaluated."""
+        by the images evaluated and, where codes are trained, by the training batches of late."""
         metrics, used = {}, []
         for split, rows in self.splits.items():
             if not len(rows):
@@ -193,12 +212,11 @@ class TokenizerTask:
                 used.append(vq.indices.flatten())
             metrics[f"psnr_{split}"] = torch.cat(psnr).mean().item()
         quantizer = self.tokenizer.quantizer
-        return {
-            **metrics,
-            "codes_evaluated": len(torch.cat(used).unique()) / quantizer.num_codes,
-            "codes_training": quantizer.usage(),
-            "perplexity_training": quantizer.perplexity(),
-        }
+        metrics["codes_evaluated"] = len(torch.cat(used).unique()) / quantizer.num_codes
+        if not self.decoder_alone:
+            metrics["codes_training"] = quantizer.usage()
+            metrics["perplexity_training"] = quantizer.perplexity()
+        return metrics
 
     @torch.no_grad()
     def draw(self) -> Image.Image:
@@ -217,12 +235,25 @@ class TokenizerTask:
 
 
 def _build(config: TokenizerTraining) -> nn.Module:
+    """The tokenizer, random or pre-trained."""
+    model, architecture = config.model, _architecture(config)
+    if model.init == "random":
+        return build_tokenizer(architecture)
+    published = model.name if Path(model.pretrained).is_file() else None
+    tokenizer = load_image_tokenizer(model.pretrained, published)
+    if tokenizer.config != architecture:
+        raise ValueError(
+            f"model.pretrained={model.pretrained!r} holds {tokenizer.config}, not what model.name "
+            f"and model.overrides ask for: {architecture}"
+        )
+    return tokenizer
+
+
+def _architecture(config: TokenizerTraining) -> Emoji64Config | VQGANConfig:
     name = config.model.name
     if name not in TOKENIZER_CONFIGS:
-        return build_tokenizer(name)  # raises, naming the choices
-    return build_tokenizer(
-        updated(TOKENIZER_CONFIGS[name], config.model.overrides, "model.overrides.")
-    )
+        build_tokenizer(name)  # raises, naming the choices
+    return updated(TOKENIZER_CONFIGS[name], config.model.overrides, "model.overrides.")
 
 
 def _pictures(images: Tensor) -> list[Image.Image]:

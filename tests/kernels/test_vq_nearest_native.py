@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.r
 CAPABILITIES = native.cpu_capabilities()
 METRICS = ("l2", "cosine")
 # (N, K, d): around the edges of vectors, blocks (64 codes), tiles (64 vectors).
+# From 256 codes on, of up to 16 dimensions, there are trees: with leaves of 16 codes, or 9 to 15.
 SIZES = [(1, 1, 1), (17, 63, 2), (65, 64, 3), (130, 65, 4), (200, 1000, 8), (70, 129, 33)]
+SIZES += [(300, 256, 2), (90, 1025, 4), (40, 700, 16)]
 
 
 @pytest.fixture(params=CAPABILITIES)
@@ -48,7 +50,14 @@ def oracle(z, codebook, metric):
 
 
 def check(z, codebook, metric, exact=False):
-    """Hold the operator to its contract. ``exact``: fp64 has these distances without rounding."""
+    """Hold the operator to its contract, on a codebook that is new and on one that it knows: where
+    that is worth it, it has a tree by then. ``exact``: fp64 has these distances without rounding.
+    """
+    first = check_once(z, codebook, metric, exact)
+    assert np.array_equal(check_once(z, codebook, metric, exact), first)
+
+
+def check_once(z, codebook, metric, exact):
     indices, distance, counts = (t.numpy() for t in nearest(z, codebook, metric))
     distances, bound = oracle(z, codebook, metric)
     best = distances.min(1, keepdims=True)
@@ -61,6 +70,7 @@ def check(z, codebook, metric, exact=False):
         expected = best[:, 0].astype(np.float32)
     np.testing.assert_allclose(distance, expected, rtol=2.0**-22, atol=float(bound.max()) * 2)
     assert np.array_equal(counts, np.bincount(indices, minlength=len(codebook)))
+    return indices
 
 
 # ---- Data: (n, k, d) -> (z, codebook), drawn from torch's generator ------------------------------
@@ -177,6 +187,17 @@ def test_cosine_ties_go_to_the_lowest_index(capability):
     indices, distance, _ = nearest(z, codes, "cosine")
     assert indices.tolist() == [1, 0, 4, 0]
     torch.testing.assert_close(distance, torch.tensor([0.0, 2.0, 2.0, 0.0]))
+
+
+def test_equally_near_in_fp64_is_a_tie(capability):
+    """Codes too small to make a difference to a distance in fp64: the first of them is found,
+    however codes are packed."""
+    codes = torch.empty(256, 1)
+    codes[::2, 0] = torch.arange(1, 129) * 1e-30
+    codes[1::2, 0] = torch.tensor([1.0, -1.0]).repeat(64)
+    for _ in range(2):
+        indices, _, _ = nearest(torch.full((5000, 1), 0.3), codes, "l2")
+        assert (indices == 0).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)

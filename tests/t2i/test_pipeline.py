@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from t2i.lm import LMConfig, TransformerLM
-from t2i.pipeline import T2I
+from t2i.pipeline import T2I, Sampling
 from t2i.text import TextTokenizer
 from t2i.tokenizer import build_tokenizer
 
@@ -94,6 +94,17 @@ def test_saving_and_loading(model, tmp_path):
     for name in ("lm.safetensors", "tokenizer.safetensors"):
         sizes = [(tmp_path / folder / name).stat().st_size for folder in ("half", "full")]
         assert sizes[0] < 0.6 * sizes[1], name
+
+
+def test_a_model_brings_its_own_options(parts, tmp_path):
+    own = Sampling(cfg=1.0, temperature=0.0)
+    T2I(*parts, image_size=(64, 64), sampling=own).save_pretrained(tmp_path, dtype=torch.float32)
+    model = T2I.from_pretrained(tmp_path, device="cpu")
+    assert model.sampling == own
+    image, *others = model.sample("red apple", n=3)
+    assert all(same(image, other) for other in others)  # at temperature 0 whatever the seed
+    warm = model.sample("red apple", n=3, temperature=1.0)
+    assert not same(warm[0], warm[1])
 
 
 def test_what_cannot_be_loaded(model, tmp_path):

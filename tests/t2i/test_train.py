@@ -10,6 +10,7 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from tiny import TINY_LM, TINY_TOKENIZER
 from torch._dynamo.utils import counters as compiled
 
 import t2i.train.loop as loop
+from t2i.data.tokens import encoder_checksum, weights_checksum
 from t2i.lm import LM_CONFIGS, build_lm, save_lm
 from t2i.train.checkpoint import load_latest
 from t2i.train.config import LMTraining, TokenizerTraining, load_config
@@ -425,6 +427,50 @@ def test_pretrained_weights_are_where_training_starts(lm_changes, tmp_path):
     assert torch.equal(tasks[0].lm.state_dict()[name], saved.state_dict()[name])
     assert not torch.equal(tasks[1].lm.state_dict()[name], saved.state_dict()[name])
     assert [task.lm.config.image_vocab_size for task in tasks] == [32, 32]
+
+
+def test_a_run_is_where_another_starts(lm_changes, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_lm(load_config(LMTraining(), overrides=[*lm_changes, f"run.folder={first}"]))
+    changes = [*lm_changes, f"run.folder={second}", "model.init=pretrained"]
+    changes.append(f"model.pretrained={first}")
+    task = LMTask(load_config(LMTraining(), overrides=changes), CPU)
+    averaged = load_latest(first / "checkpoints")[1].weights["ema"]
+    assert_same(dict(task.lm.state_dict()), dict(averaged))
+    with pytest.raises(ValueError, match="num_layers=2 .asked: 1."):
+        LMTask(load_config(LMTraining(), overrides=[*changes, "model.overrides.num_layers=1"]), CPU)
+
+
+def test_the_first_view_alone(lm_changes, tmp_path):
+    changes = [*lm_changes, f"run.folder={tmp_path}"]
+    task = LMTask(load_config(LMTraining(), overrides=[*changes, "data.views=1"]), CPU)
+    written = task.data.tokens.shape[1]
+    assert written > 1
+    for sample in task.order.indices:
+        _, codes = task._draw(sample, np.random.default_rng(sample))
+        assert np.array_equal(codes, task.data.tokens[sample, 0])
+    with pytest.raises(ValueError, match=f"data.views=9: .* holds {written} of each"):
+        LMTask(load_config(LMTraining(), overrides=[*changes, "data.views=9"]), CPU)
+
+
+def test_the_decoder_alone_leaves_the_codes(tokenizer_changes, tokenizer_run, dataset, tmp_path):
+    changes = [*tokenizer_changes, f"run.folder={tmp_path}", "model.init=pretrained"]
+    changes += [f"model.pretrained={tokenizer_run}", "model.train=decoder", "loss.perceptual=0"]
+    train_tokenizer(load_config(TokenizerTraining(), overrides=changes))
+    before, after = load_image_tokenizer(tokenizer_run), load_image_tokenizer(tmp_path)
+    moved = {
+        name
+        for name, tensor in after.state_dict().items()
+        if not torch.equal(tensor, before.state_dict()[name])
+    }
+    assert moved and all(name.startswith("decoder.") for name in moved)
+    assert encoder_checksum(after) == encoder_checksum(before)
+    assert weights_checksum(after) != weights_checksum(before)
+    with pytest.raises(ValueError, match="not what model.name and model.overrides ask for"):
+        TokenizerTask(
+            load_config(TokenizerTraining(), overrides=[*changes, "model.overrides.num_codes=64"]),
+            CPU,
+        )
 
 
 def test_a_run_s_tokenizer_is_its_averaged_weights(tokenizer_run, tmp_path):

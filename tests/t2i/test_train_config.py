@@ -81,6 +81,13 @@ def test_a_mistake_names_its_key(override, message):
         load_config(LMTraining(), None, [override])
 
 
+def test_random_codes_are_no_reason_to_train_a_decoder():
+    with pytest.raises(ConfigError, match="train='decoder' needs init='pretrained'"):
+        load_config(TokenizerTraining(), None, ["model.train=decoder"])
+    with pytest.raises(ConfigError, match="model.train='lm': expected all or decoder"):
+        load_config(TokenizerTraining(), None, ["model.train=lm"])
+
+
 def test_a_probability_is_at_most_one():
     with pytest.raises(ConfigError, match="data.flip=5.0: expected at most 1"):
         load_config(TokenizerTraining(), None, ["data.flip=5"])

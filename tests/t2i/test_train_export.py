@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import TINY_LM, TINY_TOKENIZER
 
-from t2i.pipeline import T2I
+from t2i.pipeline import T2I, Sampling
 from t2i.train.checkpoint import load_latest
 from t2i.train.config import LMTraining, TokenizerTraining, load_config
 from t2i.train.export import add_evaluation, export
@@ -28,8 +28,10 @@ def lm_run(tokens, tokenizer_run, tmp_path_factory):
 
 
 def test_exported_model_is_the_averaged_weights(lm_run, tokenizer_run, tmp_path):
-    export(tokenizer_run, lm_run, tmp_path, name="squares")
+    sampling = Sampling(cfg=1.5, top_k=7)
+    export(tokenizer_run, lm_run, tmp_path, name="squares", sampling=sampling)
     model = T2I.from_pretrained(tmp_path, device="cpu")
+    assert model.sampling == sampling
     assert model.name == "squares" and model.image_size == (16, 16)
     for run, module in ((lm_run, model.lm), (tokenizer_run, model.tokenizer)):
         _, checkpoint = load_latest(run / "checkpoints")
@@ -81,6 +83,16 @@ def test_card_says_how_it_was_made_and_what_it_is_worth(lm_run, tokenizer_run, t
     assert (tmp_path / "samples.png").read_bytes() == b"| second |"
     with pytest.raises(FileNotFoundError, match="README.md"):
         add_evaluation(tmp_path / "nothing-here", "", picture)
+
+
+def test_card_begins_with_the_runs_before(dataset, lm_run, tokenizer_run, tmp_path):
+    changes = [f"data.path={dataset}", f"run.folder={tmp_path / 'tuned'}", "run.steps=1"]
+    changes += ["model.init=pretrained", f"model.pretrained={tokenizer_run}", "model.train=decoder"]
+    train_tokenizer(load_config(TokenizerTraining(), overrides=[*TINY_TOKENIZER, *changes]))
+    # The codes are those that the language model was trained on.
+    export(tmp_path / "tuned", lm_run, tmp_path / "out", name="squares")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 0 < card.index(f"### {tokenizer_run.name}") < card.index("### tuned")
 
 
 def test_card_names_the_licences_of_the_data(lm_run, tokenizer_run, tmp_path):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import native
 from ..checks import check_groups, check_heads, check_indices, check_scores, default_scale
-from ..registry import LIBRARY, Backend, register, register_op, select
+from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
 
 _OPTIONS = (
@@ -178,6 +179,14 @@ def add_backend(name: str, available, supports) -> None:
     register("flash_attention", Backend(name, available, supports, run))
 
 
+def _cpu_supports(q, k, v, *options) -> Reason:
+    if q.device.type != "cpu":
+        return f"q is on {q.device}"
+    if q.dtype == torch.float64:
+        return "float64 is for the reference only"
+    return None
+
+
 register_op("flash_attention", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("flash_attention.reference", reference.flash_attention, "CompositeExplicitAutograd")
@@ -186,3 +195,4 @@ LIBRARY.impl(
     reference.flash_attention_backward,
     "CompositeExplicitAutograd",
 )
+add_backend("cpu", native.reason, _cpu_supports)

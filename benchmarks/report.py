@@ -1,0 +1,182 @@
+"""results/*.json -> results/README.md with its plots: python benchmarks/report.py"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+ABOUT = """# Benchmarks
+
+Made by `make bench`. Every contender passes a check of its results first, then all take turns,
+{rounds} rounds; numbers are medians, "spread" is the distance of the quartiles, in % of the median.
+GFLOP/s count the products of the brute force, whatever an algorithm really does. A ratio above 1 is
+how much longer than ours a peer takes; **bold** is where a peer wins. Peaks are of the same run.
+"""
+
+
+def main() -> None:
+    records = [record for file in sorted(RESULTS.glob("*.json")) for record in read(file)]
+    if not records:
+        raise SystemExit(f"no results in {RESULTS}: run make bench")
+    parts = [ABOUT.format(rounds=records[0]["rounds"])]
+    for op in dict.fromkeys(record["case"]["op"] for record in records):
+        mine = [record for record in records if record["case"]["op"] == op]
+        parts.append(f"## {op}\n")
+        for picture in draw(op, mine):
+            parts.append(f"![{picture}]({picture})\n")
+        for run in dict.fromkeys(record["run"] for record in mine):
+            parts.append(f"### {run}\n")
+            parts += tables([record for record in mine if record["run"] == run])
+    (RESULTS / "README.md").write_text("\n".join(parts))
+    print(RESULTS / "README.md")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    data = json.loads(file.read_text())
+    about, machine = data["t2i"], data["machine_info"]
+    cpu = machine["cpu"].get("brand_raw", machine["machine"])
+    threads = about["threads"]
+    peaks = next(b["extra_info"]["case"]["peaks"] for b in data["benchmarks"] if b["extra_info"])
+    run = (
+        f"{threads} thread{'s' * (threads > 1)}, {cpu}, {about['instruction_set']}, peak "
+        f"{peaks['gflops']:.0f} GFLOP/s and {peaks['gigabytes_per_second']:.0f} GB/s, "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    )
+    return [
+        {**b["extra_info"], "run": run, "threads": threads, "test": b["name"].split("[")[0],
+         "rounds": b["stats"]["rounds"]}
+        for b in data["benchmarks"]
+        if b["extra_info"]
+    ]  # fmt: skip
+
+
+HIDDEN = ("op", "peaks", "path")  # of a case, in its name
+
+
+def name(case: dict[str, Any]) -> str:
+    words = []
+    for key, value in case.items():
+        if key in HIDDEN or value is False:
+            continue
+        words.append(key if value is True else f"{value}" if isinstance(value, str)
+                     else f"{key} {value}")  # fmt: skip
+    return ", ".join(words)
+
+
+def tables(records: list[dict[str, Any]]) -> list[str]:
+    """The overview: us beside the best peer; then every contender, folded away."""
+    lines = [
+        "| problem | best peer takes | ours | of peak | path | best peer |",
+        "|---|---|---|---|---|---|",
+    ]
+    details = ["<details><summary>all contenders</summary>\n"]
+    details += ["| problem | contender | ratio | time | spread | GFLOP/s | memory |"]
+    details += ["|---|---|---|---|---|---|---|"]
+    for record in records:
+        case, rows = record["case"], record["rows"]
+        ran = [row for row in rows if "seconds" in row]
+        ours = next(row for row in ran if row["ours"])
+        peers = [row for row in ran if not row["ours"] and not row["name"].startswith("t2i")]
+        if peers:
+            best = min(peers, key=lambda row: row["seconds"])
+            ratio = f"{best['ratio']:.2f}×"
+            ratio = f"**{ratio}**" if best["ratio"] < 1 else ratio
+            share = ours["gflops"] / case["peaks"]["gflops"]
+            lines.append(
+                f"| {name(case)} | {ratio} | {duration(ours['seconds'])} | {share:.0%} | "
+                f"{case['path']} | {best['name']}, {duration(best['seconds'])} |"
+            )
+        for row in rows:
+            cells = [name(case), row["name"]]
+            if "seconds" in row:
+                cells += [f"{row['ratio']:.2f}", duration(row["seconds"]), f"{row['spread']:.0%}",
+                          f"{row['gflops']:.1f}", f"{row['peak_megabytes']:.0f} MB"]  # fmt: skip
+            else:
+                cells += [row["skipped"], "", "", "", ""]
+            details.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", *details, "\n</details>\n"]
+
+
+def duration(seconds: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+SWEEPS = {  # test -> the key of a case along the x axis
+    "test_over_codes": "codes",
+    "test_over_dimensions": "dim",
+    "test_over_length": "length",
+}
+
+
+def draw(op: str, records: list[dict[str, Any]]) -> list[str]:
+    pictures = []
+    for test, key in SWEEPS.items():
+        for threads in sorted({record["threads"] for record in records}):
+            chosen = [r for r in records if r["test"] == test and r["threads"] == threads]
+            if chosen:
+                pictures.append(sweep(op, chosen, key, threads))
+    return [*pictures, roofline(op, records)]
+
+
+def sweep(op: str, records: list[dict[str, Any]], key: str, threads: int) -> str:
+    lines = defaultdict(list)
+    for record in records:
+        for row in record["rows"]:
+            if "seconds" in row:
+                lines[row["name"]].append((record["case"][key], row["seconds"] * 1e3))
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for label, points in lines.items():
+        style = {"linewidth": 2.5, "color": "black"} if label == "t2i" else {"linewidth": 1.2}
+        axes.plot(
+            *zip(*sorted(points), strict=True), marker="o", markersize=3, label=label, **style
+        )
+    axes.set(xscale="log", yscale="log", xlabel=key, ylabel="ms")
+    axes.set_title(
+        f"{op}: {name({**records[0]['case'], key: False})}, {threads} threads", fontsize=9
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    return save(figure, f"{op}-{key}-{threads}.png")
+
+
+def roofline(op: str, records: list[dict[str, Any]]) -> str:
+    """Of every problem, the share of the machine's multiply-adds that each contender reaches."""
+    records = [r for r in records if r["test"] == "test_shapes"] or records
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.22 * len(records)))
+    labels = []
+    for y, record in enumerate(reversed(records)):
+        case = record["case"]
+        labels.append(f"{name(case)}, {record['threads']} thr.")
+        for row in record["rows"]:
+            if "seconds" in row:
+                share = row["gflops"] / case["peaks"]["gflops"]
+                mark = {"color": "black", "s": 30, "zorder": 3} if row["ours"] else {"s": 12}
+                axes.scatter(share, y, **mark)
+    axes.axvline(1, color="grey", linewidth=1)
+    axes.set_yticks(range(len(labels)), labels, fontsize=6)
+    axes.set(xscale="log", xlabel="effective GFLOP/s, as a share of peak; black: t2i")
+    axes.grid(alpha=0.3)
+    return save(figure, f"{op}-roofline.png")
+
+
+def save(figure: Any, file: str) -> str:
+    file = file.replace(" ", "-")
+    figure.tight_layout()
+    figure.savefig(RESULTS / file, dpi=110)
+    plt.close(figure)
+    return file
+
+
+if __name__ == "__main__":
+    main()

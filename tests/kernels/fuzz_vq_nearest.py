@@ -1,0 +1,177 @@
+"""Random problems for the native vq_nearest until enough vectors were checked against fp64.
+
+    python tests/kernels/fuzz_vq_nearest.py --vectors 10000000 --seed 0
+
+Prints what is wrong, with the seed that makes it again; exits with 1 if anything is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2i_kernels import native, vq_nearest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import oracle  # noqa: E402
+
+DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 32, 64, 128, 512)
+PRODUCTS = 3e8  # N · K · d of a problem, about
+MAX_VECTORS = 50_000
+
+
+def gaussian(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, d), torch.randn(k, d)
+
+
+def clustered(n, k, d):
+    centres = 10 * torch.randn(8, d)
+    codes = centres[torch.randint(8, (k,))] + 1e-3 * torch.randn(k, d)
+    return codes[torch.randint(k, (n,))] + 1e-3 * torch.randn(n, d), codes
+
+
+def near_codes(n, k, d):
+    """As encoders make them once they are trained."""
+    codes = torch.randn(k, d)
+    return codes[torch.randint(k, (n,))] + 0.1 * torch.randn(n, d), codes
+
+
+def sphere(n, k, d):
+    return tuple(torch.nn.functional.normalize(x, dim=-1) for x in gaussian(n, k, d))
+
+
+def anisotropic(n, k, d):
+    z, codes = gaussian(n, k, d)
+    scale = torch.logspace(0, -4, d)
+    return z * scale, codes * scale
+
+
+def shifted(n, k, d):
+    z, codes = gaussian(n, k, d)
+    return z + 100, codes + 100
+
+
+def duplicated(n, k, d):
+    codes = torch.randn(max(1, k // 4), d)[torch.randint(max(1, k // 4), (k,))]
+    return codes[torch.randint(k, (n,))] + 0.1 * torch.randn(n, d), codes
+
+
+def lattice(n, k, d):
+    """Many exact ties."""
+    return torch.randint(-2, 3, (n, d)) / 2, torch.randint(-2, 3, (k, d)).float()
+
+
+def subnormal(n, k, d):
+    z, codes = gaussian(n, k, d)
+    return z * 1e-41, codes * 1e-41
+
+
+def huge(n, k, d):
+    z, codes = gaussian(n, k, d)
+    return z * 1e37, codes * 1e37
+
+
+def far_away(n, k, d):
+    z, codes = gaussian(n, k, d)
+    return z * 1e4, codes
+
+
+def line(n, k, d):
+    direction = torch.randn(1, d)
+    return torch.randn(n, 1) * direction, torch.randn(k, 1) * direction
+
+
+KINDS = (
+    gaussian, clustered, near_codes, sphere, anisotropic, shifted, duplicated, lattice, subnormal,
+    huge, far_away, line,
+)  # fmt: skip
+
+
+def wrong(z: Tensor, codebook: Tensor, metric: str, found: Tensor) -> int:
+    """Vectors whose code is not the nearest, or not the first of equals. A product in fp64, of
+    points around the codebook's mean, leaves few candidates for the oracle."""
+    points, codes = z.double(), codebook.double()
+    if metric == "cosine":
+        points, codes = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-300) for x in (points, codes))
+    centre = codes.mean(0)
+    points, codes = points - centre, codes - centre
+    scale = codes.abs().max().clamp_min(1e-300)
+    points, codes = points / scale, codes / scale
+    scores = torch.addmm(codes.square().sum(1), points, codes.T, alpha=-2)
+    slack = 1e-11 * (1 + points.square().sum(1, keepdim=True)) * codes.shape[1]
+    candidates = scores <= scores.amin(1, keepdim=True) + slack
+    bad = ~candidates.gather(1, found[:, None])[:, 0]
+    several = (candidates.sum(1) > 1).nonzero()[:, 0]
+    for row in several.tolist():
+        columns = candidates[row].nonzero()[:, 0]
+        distance, bound = oracle.distances(z[row : row + 1], codebook[columns], metric)
+        near = distance[0] <= distance.min() + bound[0, 0]
+        mine = columns == found[row]
+        bad[row] |= not bool((near & mine).any())
+        if near.sum() == 1 or bool(
+            (distance[0][near] == distance.min()).all()
+            and metric == "l2"
+            and exact_in_fp64(z[row], codebook[columns])
+        ):
+            bad[row] |= int(found[row]) != int(columns[distance[0].argmin()])
+    return int(bad.sum())
+
+
+def exact_in_fp64(z: Tensor, codes: Tensor) -> bool:
+    """Whether squares of differences are sums of few bits: of halves up to 2^10."""
+    values = torch.cat([z[None], codes]) * 2
+    return bool((values == values.round()).all() and values.abs().max() < 2**10)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vectors", type=int, default=10_000_000)
+    parser.add_argument("--seed", type=int, default=0, help="of the first problem")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    capabilities = native.cpu_capabilities()
+    done, failures, seed, kinds = 0, 0, options.seed, Counter()
+
+    def summary() -> str:
+        return f"{done:,} vectors in {seed - options.seed} problems, {failures} wrong"
+
+    while done < options.vectors:
+        torch.manual_seed(seed)
+        dim = DIMS[int(torch.randint(len(DIMS), ()))]
+        codes = int(2 ** (18 * torch.rand(()) ** (1.5 if dim <= 16 else 2)))
+        n = max(1, int(min(MAX_VECTORS, PRODUCTS / (codes * (dim + 4))) * torch.rand(())))
+        kind = KINDS[int(torch.randint(len(KINDS), ()))]
+        metric = ("l2", "cosine")[int(torch.rand(()) < 0.3)]
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[int(6 * torch.rand(())) // 4]
+        z, codebook = kind(n, codes, dim)
+        if dtype != torch.float32 and kind is not huge and kind is not subnormal:
+            z, codebook = z.to(dtype), codebook.to(dtype)
+        capability = capabilities[seed % len(capabilities)]
+        with native.use_cpu_capability(capability):
+            for _ in range(2):  # the second time the codebook is known
+                found = vq_nearest(z, codebook, metric, backend="cpu")
+                count = wrong(z, codebook, metric, found)
+                if count:
+                    failures += count
+                    print(
+                        f"seed {seed}: {count} of {n} wrong: {kind.__name__}, K {codes}, d {dim}, "
+                        f"{metric}, {z.dtype}, {capability}",
+                        flush=True,
+                    )
+        done += 2 * n
+        kinds[kind.__name__] += 2 * n
+        seed += 1
+        if seed % 100 == 0:
+            print(summary(), flush=True)
+    print(summary(), dict(kinds))
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Plants bugs in the native kernels: their tests must catch each of them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import t2i_kernels
+from t2i_kernels import native
+
+pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = {
+    "vq_nearest": ROOT / "tests/kernels/test_vq_nearest_native.py",
+    "flash_attention": ROOT / "tests/kernels/test_flash_attention_native.py",
+}
+
+# name -> (text, its replacement, the tests that must notice)
+NEAREST = {
+    "none": ("", "", "oracle or ties or panel or layouts or finite or equally"),
+    "no error bound": ("? nu / (1 - nu) :", "? 0 * nu :", "oracle"),
+    "error bound without the query": ("gamma * radius + unit_error", "unit_error", "oracle"),
+    "fp64 trusted": ("return double(dim + 4) * 0x1p-51", "return 0 * dim", "equally"),
+    "tie broken high": ("k < tile.index[q])", "k > tile.index[q])", "ties"),
+    "center off": ("scaled = (point[j] - codebook.center[j]) *", "scaled = point[j] *", "oracle"),
+    "zero vector ignored": ("norm2 += scale * scale", "norm2 += 0", "oracle"),
+    "first candidate taken": (
+        "lanes; lanes &= lanes - 1) {\n      measure_code",
+        "lanes; lanes = 0) {\n      measure_code",
+        "oracle",
+    ),
+    "last block dropped": (
+        "end; ++i) {\n      const int64_t b",
+        "end - 1; ++i) {\n      const int64_t b",
+        "oracle",
+    ),
+    "last panel dropped": ("begin < blocks.count; b", "begin < kPanel; b", "panel"),
+    "overflow unguarded": ("if (largest <= 0x1p60)", "if (true)", "oracle"),
+    "NaN let through": ("if (!is_finite(row, dim))", "if (false)", "finite"),
+    "next row read": ("row = z + n * dim", "row = z + (n ? n - 1 : 0) * dim", "oracle"),
+    "radius too small": ("+ 2 * query.upper;", "+ 1.9f * query.upper;", "oracle"),
+    "radius shrinks too far": (
+        "radius2 = radius2_of(tree, query);\n            near",
+        "radius2 /= 2;\n            near",
+        "oracle",
+    ),
+    "last group of leaves dropped": (
+        "boxes[tree.num_levels - 1];\n",
+        "boxes[tree.num_levels - 1];\n    --count;\n",
+        "oracle",
+    ),
+}
+ATTENTION = {
+    "none": ("", "", "oracle or packed or threads or huge"),
+    "scale off": (": a.scale;\n}", ": 1;\n}", "oracle"),
+    "causal sees one less": ("(distance <= right)", "(distance < right)", "oracle"),
+    "window off by one": ("(distance >= left)", "(distance > left)", "oracle"),
+    "a tile sees too little": (
+        "a.right + 1},\n                      {0, s.k_length});\n}\n\n// The keys that all",
+        "a.right},\n                      {0, s.k_length});\n}\n\n// The keys that all",
+        "oracle",
+    ),
+    "sum not rescaled": (
+        "(sum + r * kLanes), factor[r],",
+        "(sum + r * kLanes), Vec(1.f),",
+        "oracle",
+    ),
+    "output not rescaled": ("r * kLanes) * factor[r]; }", "r * kLanes); }", "oracle"),
+    "one head for all": ("kv_head * a.groups + r % a.groups)", "kv_head * a.groups)", "oracle"),
+    "parts not weighted": ("= std::exp(partials[i].logsumexp[r] - shift)", "= 1", "oracle"),
+    "softcap's derivative off": ("(Vec(1.f) - tanh * tanh)", "Vec(1.f)", "oracle"),
+    "dlse dropped": ("(g.dlogsumexp ? g.dlogsumexp[at] : 0)", "0", "oracle"),
+    "delta dropped": ("space.delta[r] = sum -", "space.delta[r] = 0 * sum -", "oracle"),
+    "mask off in backward": ("gradient = Vec::blendv(Vec(0.f), gradient, seen)", "", "oracle"),
+    "dk of too few rows": ("a.right - offset, ", "a.right - offset + 1, ", "oracle"),
+    "last part of dq dropped": ("i < count; ++i) sum +", "i + 1 < count; ++i) sum +", "oracle"),
+    "difference after the product": (
+        "(score - from) * Vec(kLog2e)",
+        "score * Vec(kLog2e) - from * Vec(1.4426f)",
+        "huge",
+    ),
+}
+MUTATIONS = [
+    pytest.param(op, *mutation, id=f"{op}: {name}")
+    for op, mutations in (("vq_nearest", NEAREST), ("flash_attention", ATTENTION))
+    for name, mutation in mutations.items()
+]
+
+
+def load_setup():
+    spec = importlib.util.spec_from_file_location("t2i_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    """(toolchain, object files by unit) of the unchanged sources."""
+    setup = load_setup()
+    try:
+        toolchain = setup.Toolchain(ROOT)
+    except setup.Unavailable as reason:
+        pytest.skip(str(reason))
+    folder = tmp_path_factory.mktemp("objects")
+    return toolchain, {unit: toolchain.compile(*unit, folder) for unit in toolchain.units()}
+
+
+@pytest.mark.parametrize(("op", "text", "replacement", "tests"), MUTATIONS)
+def test_mutation_is_caught(build, tmp_path, op, text, replacement, tests):
+    toolchain, objects = build
+    source_file = f"csrc/cpu/{op}.cpp"
+    capability = "DEFAULT"  # the one that every machine has; without fused multiply-adds
+
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    source = (tmp_path / source_file).read_text()
+    if text:
+        assert source.count(text) == 1, "the mutation no longer fits the source"
+        (tmp_path / source_file).write_text(source.replace(text, replacement))
+    toolchain.root = tmp_path
+    mutant = toolchain.compile(source_file, capability, tmp_path)
+
+    package = tmp_path / "t2i_kernels"
+    ignore = shutil.ignore_patterns("__pycache__", native.LIBRARY.name)
+    shutil.copytree(Path(t2i_kernels.__file__).parent, package, ignore=ignore)
+    linked = [mutant if unit == (source_file, capability) else objects[unit] for unit in objects]
+    toolchain.link(linked, package / native.LIBRARY.name)
+
+    # The copy comes first on the path, so that the tests import it.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(TESTS[op])]
+        + ["-k", f"({tests}) and DEFAULT"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    expected = 1 if text else 0  # pytest's exit status for failed tests, not for errors around them
+    assert done.returncode == expected, done.stdout + done.stderr
