@@ -50,6 +50,7 @@ GIGABYTES_PER_JOB = 1.0  # a compiler takes 0.3 GB with these sources
 # Kernels are free of torch but for the header-only at::vec, which TORCH_TARGET_VERSION would
 # disable; the rest sees torch through its stable ABI alone.
 KERNEL_SOURCES = ["csrc/cpu/vq_nearest.cpp", "csrc/cpu/flash_attention.cpp"]
+AMX_SOURCES = ["csrc/cpu/flash_attention_amx.cpp"]
 PLAIN_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/vq_tree.cpp",
@@ -64,7 +65,13 @@ PLAIN_FLAGS = ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
 KERNEL_FLAGS = ["-ffp-contract=off"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-CAPABILITY_FLAGS = {"DEFAULT": [], "AVX2": AVX2_FLAGS, "AVX512": AVX512_FLAGS}
+AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+CAPABILITY_FLAGS = {
+    "DEFAULT": [],
+    "AVX2": AVX2_FLAGS,
+    "AVX512": AVX512_FLAGS,
+    "AMX": [*AMX_FLAGS, "-DCPU_CAPABILITY_AVX512"],  # which is what at::vec knows
+}
 
 
 class Unavailable(Exception):
@@ -153,7 +160,9 @@ class Toolchain:
         self.torch, self.torch_version = find_torch()
         self.compiler_version = self.run("--version").splitlines()[0]
         x86 = platform.machine() in ("x86_64", "AMD64")
-        self.capabilities = list(CAPABILITY_FLAGS) if x86 else ["DEFAULT"]
+        self.capabilities = ["DEFAULT", "AVX2", "AVX512"] if x86 else ["DEFAULT"]
+        if x86 and self.knows(AMX_FLAGS):
+            self.capabilities.append("AMX")
 
     def run(self, *arguments: str) -> str:
         """Run the compiler; its output, or Unavailable with the first lines of it."""
@@ -164,21 +173,33 @@ class Toolchain:
             raise Unavailable(f"the compiler failed: {shlex.join(command)}\n{message}")
         return done.stdout
 
+    def knows(self, flags: list[str]) -> bool:
+        """Whether the compiler has these flags, as old ones do not."""
+        try:
+            self.run(*flags, "-E", "-x", "c++", "/dev/null")
+        except Unavailable:
+            return False
+        return True
+
     def units(self) -> list[tuple[str, str | None]]:
         """(source, instruction set or None) of every compilation."""
         units = [(source, None) for source in PLAIN_SOURCES]
-        return units + [(s, name) for s in KERNEL_SOURCES for name in self.capabilities]
+        for name in self.capabilities:
+            sources = AMX_SOURCES if name == "AMX" else KERNEL_SOURCES
+            units += [(source, name) for source in sources]
+        return units
 
     def compile(self, source: str, capability: str | None, folder: Path) -> Path:
         """Compile one unit; returns the object file."""
         target = folder / f"{Path(source).stem}.{capability or 'plain'}.o"
+        common = [*COMMON_FLAGS, *["-DT2I_AMX"] * ("AMX" in self.capabilities)]
         flags = PLAIN_FLAGS
         if capability:
             name = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
             flags = [*KERNEL_FLAGS, *name, *CAPABILITY_FLAGS[capability]]
         include = [f"-I{self.root / 'csrc'}", "-isystem", str(self.torch / "include")]
         files = ["-c", str(self.root / source), "-o", str(target)]
-        self.run(*COMMON_FLAGS, *flags, *extra_flags("CXXFLAGS"), *include, *files)
+        self.run(*common, *flags, *extra_flags("CXXFLAGS"), *include, *files)
         return target
 
     def link(self, objects: list[Path], target: Path) -> None:

@@ -1,12 +1,33 @@
 #include "cpu/capability.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 
 namespace t2i::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512"};
+constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512", "AMX"};
+
+#if defined(__x86_64__) && defined(T2I_AMX)
+// Tiles of bf16, and the vectors that feed them. Linux gives the registers to a process that asks.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  const bool avx512_bf16 = a >> 5 & 1;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return tiles && avx512_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool has_amx() { return false; }
+#endif
 
 // Every set includes the ones before it.
 Capability best() {
@@ -15,7 +36,7 @@ Capability best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512) return Capability::AVX512;
+  if (avx2 && avx512) return has_amx() ? Capability::AMX : Capability::AVX512;
   if (avx2) return Capability::AVX2;
 #endif
   return Capability::DEFAULT;

@@ -3,7 +3,7 @@
 
 namespace t2i::cpu {
 
-enum class Capability { DEFAULT, AVX2, AVX512 };
+enum class Capability { DEFAULT, AVX2, AVX512, AMX };
 
 // The best one that both this build and this machine have, unless another was forced.
 Capability capability();
@@ -11,7 +11,7 @@ Capability capability();
 }  // namespace t2i::cpu
 
 // For Python (ctypes): the name of the instruction set in use; a forced one ("DEFAULT", "AVX2",
-// "AVX512"), or none ("") again. Returns 0, or -1 if the build or the machine does not have it.
+// "AVX512", "AMX"), or none ("") again. Returns 0, or -1 if the build or the machine does not have it.
 extern "C" {
 __attribute__((visibility("default"))) const char* t2i_cpu_capability();
 __attribute__((visibility("default"))) int t2i_set_cpu_capability(const char* name);

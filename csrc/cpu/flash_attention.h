@@ -94,11 +94,19 @@ extern const AttentionKernels attention_kernels;
 namespace AVX512 {
 extern const AttentionKernels attention_kernels;
 }
+#if defined(T2I_AMX)
+namespace AMX {
+extern const AttentionKernels attention_kernels;
+}
+#endif
 #endif
 
 inline const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
-  if (capability() == Capability::AVX512) return AVX512::attention_kernels;
+#if defined(T2I_AMX)
+  if (capability() == Capability::AMX) return AMX::attention_kernels;
+#endif
+  if (capability() >= Capability::AVX512) return AVX512::attention_kernels;
   if (capability() == Capability::AVX2) return AVX2::attention_kernels;
 #endif
   return DEFAULT::attention_kernels;

@@ -174,24 +174,36 @@ inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t 
 
 // ---- Exponentials ------------------------------------------------------------------------------
 
-// 2^x within 1.5 ulp for x < 128; 0 below -127, and at -inf. A minimax polynomial of 2^f on
-// [-1/2, 1/2], relative error 2e-9, times a power of two that is added to the exponent's bits: at
-// -127 those of 1 become 0.
+// sum_i c[i] x^(i + 1), + 1.
+template <int N>
+inline __attribute__((always_inline)) Vec polynomial(const float (&c)[N], const Vec& x) {
+  Vec p(c[N - 1]);
+  for (int i = N - 2; i >= 0; --i) p = at::vec::fmadd(p, x, Vec(c[i]));
+  return at::vec::fmadd(p, x, Vec(1.f));
+}
+
+// 2^x within 1.5 ulp for x < 128, by a minimax polynomial of what is left of x after an integer, of
+// relative error 2e-9; 1 at 0.
+#if defined(CPU_CAPABILITY_AVX512)
+// Two instructions do what takes eight elsewhere: x - floor(x), and p 2^floor(x).
+inline Vec exp2(const Vec& x) {
+  constexpr float kOnUnit[] = {6.931470633e-1f, 2.402293086e-1f, 5.548528209e-2f,
+                               9.675452486e-3f, 1.246783999e-3f, 2.161294107e-4f};
+  return _mm512_scalef_ps(polynomial(kOnUnit, Vec(_mm512_reduce_ps(x, 1))), x);
+}
+#else
+// The power of two is added to the exponent's bits: at -127 those of 1 become 0, as is 2^x below.
 inline Vec exp2(const Vec& x) {
   using Int = at::vec::Vectorized<int32_t>;
+  constexpr float kAroundZero[] = {6.931471825e-1f, 2.402264774e-1f, 5.550332367e-2f,
+                                   9.618436918e-3f, 1.339887618e-3f, 1.535336195e-4f};
   const Vec clamped = at::vec::clamp_min(x, Vec(-127.f));  // keeps NaN
   const Vec n = clamped.round();
-  const Vec f = clamped - n;
-  Vec p(1.535336195e-4f);
-  p = at::vec::fmadd(p, f, Vec(1.339887618e-3f));
-  p = at::vec::fmadd(p, f, Vec(9.618436918e-3f));
-  p = at::vec::fmadd(p, f, Vec(5.550332367e-2f));
-  p = at::vec::fmadd(p, f, Vec(2.402264774e-1f));
-  p = at::vec::fmadd(p, f, Vec(6.931471825e-1f));
-  p = at::vec::fmadd(p, f, Vec(1.f));
   const Int exponent = at::vec::convert_to_int_of_same_size(n) << Int(23);
+  const Vec p = polynomial(kAroundZero, clamped - n);
   return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
 }
+#endif
 
 // tanh within 4 ulp: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel.
 inline Vec tanh(const Vec& x) {

@@ -103,7 +103,7 @@ extern const VqKernels vq_kernels;
 
 inline const VqKernels& vq_kernels() {
 #if defined(__x86_64__)
-  if (capability() == Capability::AVX512) return AVX512::vq_kernels;
+  if (capability() >= Capability::AVX512) return AVX512::vq_kernels;
   if (capability() == Capability::AVX2) return AVX2::vq_kernels;
 #endif
   return DEFAULT::vq_kernels;

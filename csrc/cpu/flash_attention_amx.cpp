@@ -1,0 +1,590 @@
+// Attention of bf16 tensors on AMX: products of 16×32 by 32×16 tiles of bf16 with sums in fp32.
+// Everything else, and what AMX does not serve (other types, softcap), is as in flash_attention.cpp.
+//
+// A tile of the right factor holds pairs of its rows interleaved: words (b(2k, n), b(2k + 1, n)).
+// Rows lie along the lanes here too, so that such pairs of P are two registers of neighbouring keys
+// packed into one.
+#include <immintrin.h>
+
+#include <cmath>
+
+#include "cpu/attention_rows.h"
+
+namespace t2i::cpu::CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kSide = 16;      // rows, and words a row, of a tile
+constexpr int64_t kDepth = 32;     // bf16 a row
+constexpr int64_t kKeys = 64;      // of a block of scores
+constexpr int64_t kGradRows = 64;  // rows of such a block in the backward pass
+static_assert(kLanes == kSide && kTileLanes == 2 * kSide);
+
+using Half = uint16_t;  // bf16
+using Word = uint32_t;  // a pair of them
+
+const AttentionKernels& plain() { return AVX512::attention_kernels; }
+
+bool serves(const Attention& a) {
+  return a.type == FloatType::bf16 && a.softcap == 0 && a.scale != 0;
+}
+
+// ---- Tiles -------------------------------------------------------------------------------------
+
+// All eight tiles of the thread, 16 rows of 64 bytes each, until the end of the scope.
+struct Tiles {
+  Tiles() {
+    alignas(64) uint8_t config[64] = {1};  // the palette
+    for (int i = 0; i < 8; ++i) {
+      config[16 + 2 * i] = 64;
+      config[48 + i] = kSide;
+    }
+    _tile_loadconfig(config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// A factor of a product, in bytes: where its next tile of the same depth is, and the next depth.
+struct Factor {
+  const void* data;
+  int64_t stride, next, step;
+
+  const char* tile(int64_t i, int64_t k) const {
+    return static_cast<const char*>(data) + i * next + k * step;
+  }
+};
+
+// C += A B, or = A B, for C [2 rows, 2 columns] tiles of fp32; depth counts tiles.
+void multiply_2x2(const Factor& a, int64_t i, const Factor& b, int64_t n, int64_t depth, float* c,
+                  int64_t c_stride, bool add) {
+  float *c0 = c, *c1 = c + kSide, *c2 = c + kSide * c_stride, *c3 = c2 + kSide;
+  const int64_t stride = c_stride * 4;
+  if (add) {
+    _tile_loadd(0, c0, stride);
+    _tile_loadd(1, c1, stride);
+    _tile_loadd(2, c2, stride);
+    _tile_loadd(3, c3, stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    _tile_loadd(4, a.tile(i, k), a.stride);
+    _tile_loadd(6, b.tile(n, k), b.stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b.tile(n + 1, k), b.stride);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a.tile(i + 1, k), a.stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c0, stride);
+  _tile_stored(1, c1, stride);
+  _tile_stored(2, c2, stride);
+  _tile_stored(3, c3, stride);
+}
+
+// All of C [rows, columns], multiples of 32.
+void multiply_all(const Factor& a, const Factor& b, int64_t rows, int64_t columns, int64_t depth,
+                  float* c, int64_t c_stride, bool add) {
+  for (int64_t i = 0; i < rows; i += 2 * kSide) {
+    for (int64_t n = 0; n < columns; n += 2 * kSide) {
+      multiply_2x2(a, i / kSide, b, n / kSide, depth, c + i * c_stride + n, c_stride, add);
+    }
+  }
+}
+
+// ---- Packing -----------------------------------------------------------------------------------
+
+// The elements [first, first + width) of data, 0 up to padded; with negate of the other sign.
+void load_half(const void* data, int64_t first, int64_t width, int64_t padded, bool negate,
+               Half* out) {
+  if (width) std::memcpy(out, static_cast<const Half*>(data) + first, size_t(width) * 2);
+  for (int64_t d = width; d < padded; ++d) out[d] = 0;
+  if (negate) {
+    for (int64_t d = 0; d < width; ++d) out[d] = Half(out[d] ^ 0x8000);
+  }
+}
+
+// out(j, i) = in(i, j) for 16 by 16 words; see transpose_block in vec.h. Not as floats, which would
+// change NaN.
+void transpose_words(const Word* in, int64_t in_stride, Word* out, int64_t out_stride) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  __m512i rows[2][kSide];
+  for (int i = 0; i < kSide; ++i) rows[0][i] = _mm512_loadu_si512(in + i * in_stride);
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; ++step) {
+    for (int i = 0; i < kSide / 2; ++i) {
+      const __m512i a = rows[step % 2][i], b = rows[step % 2][i + kSide / 2];
+      rows[1 - step % 2][2 * i] = _mm512_permutex2var_epi32(a, low, b);
+      rows[1 - step % 2][2 * i + 1] = _mm512_permutex2var_epi32(a, high, b);
+    }
+  }
+  for (int i = 0; i < kSide; ++i) _mm512_storeu_si512(out + i * out_stride, rows[0][i]);
+}
+
+// out[width / 2, 16]: words of 16 rows [16, width], width a multiple of 32, one row a column.
+void pack_columns(const Half* rows, int64_t width, Word* out) {
+  for (int64_t w = 0; w < width / 2; w += kSide) {
+    transpose_words(reinterpret_cast<const Word*>(rows) + w, width / 2, out + w * kSide, kSide);
+  }
+}
+
+// out[width]: the words (a, b) of two rows.
+void interleave(const Half* a, const Half* b, int64_t width, Word* out) {
+  for (int64_t d = 0; d < width; d += kSide) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + d)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + d)));
+    _mm512_storeu_si512(out + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+
+// out[width, 16]: the transpose of 32 rows [32, width], in words of two neighbouring rows. scratch:
+// [16, width].
+void pack_transposed(const Half* rows, int64_t width, Word* out, Word* scratch) {
+  for (int64_t i = 0; i < kSide; ++i) {
+    interleave(rows + 2 * i * width, rows + (2 * i + 1) * width, width, scratch + i * width);
+  }
+  for (int64_t d = 0; d < width; d += kSide) {
+    transpose_words(scratch + d, width, out + d * kSide, kSide);
+  }
+}
+
+__m512i paired(const Vec& even, const Vec& odd) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
+}
+
+// 2^x within 1e-4, which rounding to bf16 hides, but not in the sum that becomes the logsumexp.
+Vec exp2_coarse(const Vec& x) {
+  constexpr float kOnUnit[] = {6.951168180e-1f, 2.276448011e-1f, 7.706720382e-2f};
+  return _mm512_scalef_ps(polynomial(kOnUnit, Vec(_mm512_reduce_ps(x, 1))), x);
+}
+
+// ---- Forward -----------------------------------------------------------------------------------
+
+// Memory, taken from the front.
+struct Space {
+  Word* memory;  // null: only to count
+  int64_t used = 0;
+
+  Word* words(int64_t count) {
+    Word* taken = memory ? memory + used : nullptr;
+    used += round_up(count, kSide);
+    return taken;
+  }
+  Half* halves(int64_t count) { return reinterpret_cast<Half*>(words(count / 2)); }
+  float* floats(int64_t count) { return reinterpret_cast<float*>(words(count)); }
+};
+
+struct ForwardSpace {
+  int64_t width, v_width;  // dim and v_dim, multiples of 32
+  Half *rows, *k;          // [32, the larger width], [kKeys, width]
+  Word *q, *v, *p;         // [groups of 16 rows, width / 2, 16], [kKeys / 32, v_width, 16],
+                           // [2, kKeys / 2, 16]
+  Word* scratch;           // [16, v_width]
+  float *scores, *out;     // [kKeys, 32], [tiles, v_width, 32]
+  float *largest, *sum;    // [kRows]
+  float* row;              // [32, v_dim]
+  int64_t size;            // in words
+
+  ForwardSpace(const Attention& a, float* workspace) {
+    Space space = {reinterpret_cast<Word*>(workspace)};
+    width = round_up(a.dim, kDepth);
+    v_width = round_up(a.v_dim, kDepth);
+    rows = space.halves(kDepth * max_of(width, v_width));
+    k = space.halves(kKeys * width);
+    q = space.words(kRows * width / 2);
+    v = space.words(kKeys * v_width / 2);
+    p = space.words(kKeys * kSide);
+    scratch = space.words(kSide * v_width);
+    scores = space.floats(kKeys * kTileLanes);
+    out = space.floats(kRows * v_width);
+    largest = space.floats(kRows);
+    sum = space.floats(kRows);
+    row = space.floats(kTileLanes * a.v_dim);
+    size = space.used;
+  }
+};
+
+int64_t forward_workspace(const Attention& a) {
+  return max_of(ForwardSpace(a, nullptr).size, plain().forward_workspace(a));
+}
+
+// Brings one tile of 32 rows up to date with the keys of a block that it sees.
+void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, Range keys,
+            int64_t begin, float scale, const ForwardSpace& space, int64_t first) {
+  const int64_t half_begin = (keys.begin - begin) / kDepth;
+  const int64_t half_end = (keys.end - begin + kDepth - 1) / kDepth;
+  const int64_t width = space.width, v_width = space.v_width;
+  const Factor k = {space.k, 2 * width, kSide * 2 * width, 2 * kDepth};
+  const Factor q = {space.q + first * width / 2, 64, width / 2 * 64, kSide * 64};
+  for (int64_t h = half_begin; h < half_end; ++h) {
+    multiply_2x2(k, 2 * h, q, 0, width / kDepth, space.scores + h * kDepth * kTileLanes, kTileLanes,
+                 false);
+  }
+  const Range all = intersection(seen_by_all(a, s, row, count), keys);
+  const Vec factor_log2e(scale * kLog2e);
+  bool rescale = false;
+  Vec factor[2];
+  for (int r = 0; r < 2; ++r) {
+    float* column = space.scores + r * kSide;
+    const Sight sight(a, s, row + r * kSide);
+    for (int64_t j = half_begin * kDepth; j < half_end * kDepth; ++j) {
+      const int64_t key = begin + j;
+      if (key == all.begin && all.end > all.begin) {
+        j += all.end - all.begin - 1;
+        continue;
+      }
+      float* at = column + j * kTileLanes;
+      const bool seen_by_some = key >= keys.begin && key < keys.end;
+      const Vec seen = seen_by_some ? sight.of(key) : Vec(0.f);
+      Vec::blendv(Vec(-kInf), Vec::loadu(at), seen).store(at);
+    }
+    const Vec before = Vec::loadu(space.largest + first + r * kSide);
+    Vec top[4] = {before, before, before, before};
+    for (int64_t j = half_begin * kDepth; j < half_end * kDepth; j += 4) {
+      for (int i = 0; i < 4; ++i) {
+        top[i] = at::vec::clamp_min(top[i], Vec::loadu(column + (j + i) * kTileLanes));
+      }
+    }
+    const Vec now = at::vec::clamp_min(at::vec::clamp_min(top[0], top[1]),
+                                       at::vec::clamp_min(top[2], top[3]));
+    const Vec shift = at::vec::clamp_min(now, Vec(std::numeric_limits<float>::lowest()));
+    // Its rounding is the same for all keys, and cancels against their sum.
+    const Vec shift_log2 = shift * factor_log2e;
+    Vec total[2] = {Vec(0.f), Vec(0.f)};
+    Word* p = space.p + r * kKeys / 2 * kSide;
+    for (int64_t j = half_begin * kDepth; j < half_end * kDepth; j += 2) {
+      Vec pair[2];
+      for (int i = 0; i < 2; ++i) {
+        const Vec score = Vec::loadu(column + (j + i) * kTileLanes);
+        pair[i] = exp2(at::vec::fmsub(score, factor_log2e, shift_log2));
+        total[i] = total[i] + pair[i];
+      }
+      _mm512_storeu_si512(p + j / 2 * kSide, paired(pair[0], pair[1]));
+    }
+    factor[r] = exp2((before - shift) * factor_log2e);
+    rescale = rescale || (factor[r] != Vec(1.f)).zero_mask() != (1 << kSide) - 1;
+    now.store(space.largest + first + r * kSide);
+    float* sum = space.sum + first + r * kSide;
+    at::vec::fmadd(Vec::loadu(sum), factor[r], total[0] + total[1]).store(sum);
+  }
+  float* out = space.out + first * v_width;
+  if (rescale) {
+    for (int64_t d = 0; d < v_width; ++d) {
+      for (int r = 0; r < 2; ++r) {
+        float* at = out + d * kTileLanes + r * kSide;
+        (Vec::loadu(at) * factor[r]).store(at);
+      }
+    }
+  }
+  const Factor v = {space.v + half_begin * v_width * kSide, 64, kSide * 64, v_width * 64};
+  const Factor p = {space.p + half_begin * kSide * kSide, 64, kKeys / 2 * 64, kSide * 64};
+  multiply_all(v, p, v_width, kTileLanes, half_end - half_begin, out, kTileLanes, true);
+}
+
+void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row, int64_t key,
+             int64_t key_end, const Partial* partial, float* workspace) {
+  if (!serves(a)) {
+    plain().forward(a, s, kv_head, row, key, key_end, partial, workspace);
+    return;
+  }
+  const Tiles tiles;
+  const ForwardSpace space(a, workspace);
+  const int64_t width = space.width, v_width = space.v_width;
+  const int64_t count = min_of(kRows, a.groups * s.q_length - row);
+  // Scores are divided by |scale| here, so that q keeps its bits.
+  const float scale = std::fabs(a.scale);
+  for (int64_t first = 0; first < count; first += kTileLanes) {
+    for (int64_t group = 0; group < 2; ++group) {
+      for (int64_t i = 0; i < kSide; ++i) {
+        const int64_t r = first + group * kSide + i;
+        Half* to = space.rows + i * width;
+        if (r < count) {
+          load_half(s.q.data, stacked(a, s.q, kv_head, row + r), a.dim, width, a.scale < 0, to);
+        } else {
+          std::memset(to, 0, size_t(width) * sizeof(Half));
+        }
+      }
+      pack_columns(space.rows, width, space.q + (first + group * kSide) * width / 2);
+    }
+  }
+  std::memset(space.out, 0, size_t(kRows * v_width) * sizeof(float));
+  for (int64_t r = 0; r < kRows; ++r) {
+    space.largest[r] = -kInf;
+    space.sum[r] = 0;
+  }
+
+  const Range range = intersection(seen_by_any(a, s, row, count), {key, key_end});
+  for (int64_t begin = range.begin; begin < range.end; begin += kKeys) {
+    const Range block = {begin, min_of(begin + kKeys, range.end)};
+    for (int64_t j = 0; j < kKeys; ++j) {
+      Half* to = space.k + j * width;
+      if (begin + j < block.end) {
+        load_half(s.k.data, element(s.k, begin + j, kv_head), a.dim, width, false, to);
+      } else {
+        std::memset(to, 0, size_t(width) * sizeof(Half));
+      }
+    }
+    for (int64_t h = 0; h < kKeys / kDepth; ++h) {
+      for (int64_t j = 0; j < kDepth; ++j) {
+        Half* to = space.rows + j * v_width;
+        const int64_t at = begin + h * kDepth + j;
+        if (at < block.end) {
+          load_half(s.v.data, element(s.v, at, kv_head), a.v_dim, v_width, false, to);
+        } else {
+          std::memset(to, 0, size_t(v_width) * sizeof(Half));
+        }
+      }
+      pack_transposed(space.rows, v_width, space.v + h * v_width * kSide, space.scratch);
+    }
+    for (int64_t first = 0; first < count; first += kTileLanes) {
+      const int64_t here = min_of(kTileLanes, count - first);
+      const Range keys = intersection(seen_by_any(a, s, row + first, here), block);
+      if (keys.begin < keys.end) attend(a, s, row + first, here, keys, begin, scale, space, first);
+    }
+  }
+
+  for (int64_t r = 0; r < count; ++r) {
+    if (r % kTileLanes == 0) {
+      transpose(space.out + r * v_width, kTileLanes, a.v_dim, kTileLanes, 1, space.row, a.v_dim);
+    }
+    const bool unseeing = space.sum[r] == 0;
+    const float inverse = unseeing ? 0 : 1 / space.sum[r];
+    float* out = space.row + r % kTileLanes * a.v_dim;
+    for (int64_t d = 0; d < a.v_dim; ++d) out[d] *= inverse;
+    const float logsumexp = unseeing ? -kInf : space.largest[r] * scale + std::log(space.sum[r]);
+    if (partial) {
+      std::memcpy(partial->out + r * a.v_dim, out, size_t(a.v_dim) * sizeof(float));
+      partial->logsumexp[r] = logsumexp;
+    } else {
+      const int64_t stack = row + r;
+      store_row(out, a.v_dim, a.type, s.out.data, stacked(a, s.out, kv_head, stack));
+      s.logsumexp[(kv_head * a.groups + stack % a.groups) * s.logsumexp_stride + stack / a.groups] =
+          logsumexp;
+    }
+  }
+}
+
+void combine(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row,
+             const Partial* partials, int64_t count, float* workspace) {
+  plain().combine(a, s, kv_head, row, partials, count, workspace);
+}
+
+// ---- Backward ----------------------------------------------------------------------------------
+
+struct BackwardSpace {
+  int64_t width, v_width;     // dim and v_dim, multiples of 32
+  Half *k, *v;                // [keys, width or v_width]
+  Word* k_transposed;         // [keys / 32, width, 16]
+  float *dk, *dv;             // [keys, width or v_width]
+  Half* rows;                 // [kGradRows, the larger width]
+  Word *q, *dout;             // [4, width or v_width / 2, 16]
+  Word *q_pairs, *dout_pairs; // [kGradRows / 2, width or v_width]
+  float *scores, *dp;         // [kKeys, kGradRows]
+  Half *p, *ds;               // [kKeys, kGradRows]
+  Word* ds_pairs;             // [4, kKeys / 2, 16]
+  float* dq;                  // [width, kGradRows]
+  float *logsumexp, *delta;   // [kGradRows]
+  float *row, *other;         // [kGradRows, the larger width], one row
+  Word* scratch;              // [16, width]
+  int64_t size;               // in words
+
+  BackwardSpace(const Attention& a, int64_t keys, float* workspace) {
+    Space space = {reinterpret_cast<Word*>(workspace)};
+    width = round_up(a.dim, kDepth);
+    v_width = round_up(a.v_dim, kDepth);
+    const int64_t padded = round_up(keys, kKeys), larger = max_of(width, v_width);
+    k = space.halves(padded * width);
+    v = space.halves(padded * v_width);
+    k_transposed = space.words(padded * width / 2);
+    dk = space.floats(padded * width);
+    dv = space.floats(padded * v_width);
+    rows = space.halves(kGradRows * larger);
+    q = space.words(kGradRows * width / 2);
+    dout = space.words(kGradRows * v_width / 2);
+    q_pairs = space.words(kGradRows / 2 * width);
+    dout_pairs = space.words(kGradRows / 2 * v_width);
+    scores = space.floats(kKeys * kGradRows);
+    dp = space.floats(kKeys * kGradRows);
+    p = space.halves(kKeys * kGradRows);
+    ds = space.halves(kKeys * kGradRows);
+    ds_pairs = space.words(kKeys * kGradRows / 2);
+    dq = space.floats(width * kGradRows);
+    logsumexp = space.floats(kGradRows);
+    delta = space.floats(kGradRows);
+    row = space.floats(kGradRows * larger);
+    other = space.floats(larger);
+    scratch = space.words(kSide * larger);
+    size = space.used;
+  }
+};
+
+int64_t backward_workspace(const Attention& a, int64_t keys) {
+  return max_of(BackwardSpace(a, keys, nullptr).size, plain().backward_workspace(a, keys));
+}
+
+// Rows of the stack as both right factors: in columns, and in pairs. Those that see nothing are 0:
+// their P is, which 0 * NaN would undo.
+void load_rows(const Attention& a, const Rows& from, int64_t kv_head, int64_t row,
+               const float* logsumexp, int64_t dim, int64_t width, Half* rows, Word* columns,
+               Word* pairs) {
+  for (int64_t r = 0; r < kGradRows; ++r) {
+    Half* to = rows + r * width;
+    if (logsumexp[r] != kInf) {
+      load_half(from.data, stacked(a, from, kv_head, row + r), dim, width, false, to);
+    } else {
+      std::memset(to, 0, size_t(width) * sizeof(Half));
+    }
+  }
+  for (int64_t g = 0; g < kGradRows / kSide; ++g) {
+    pack_columns(rows + g * kSide * width, width, columns + g * kSide * width / 2);
+  }
+  for (int64_t r = 0; r < kGradRows; r += 2) {
+    interleave(rows + r * width, rows + (r + 1) * width, width, pairs + r / 2 * width);
+  }
+}
+
+// P and dS of a block, in all forms that the products want.
+void differentiate(const Attention& a, const Sequence& s, int64_t row, int64_t count, Range block,
+                   const BackwardSpace& space) {
+  const Range any = intersection(seen_by_any(a, s, row, count), block);
+  const Range all = intersection(seen_by_all(a, s, row, count), block);
+  const Vec scale(a.scale);
+  for (int r = 0; r < kGradRows / kSide; ++r) {
+    const Vec logsumexp = Vec::loadu(space.logsumexp + r * kSide);
+    const Vec delta = Vec::loadu(space.delta + r * kSide);
+    const Sight sight(a, s, row + r * kSide);
+    Word* pairs = space.ds_pairs + r * kKeys / 2 * kSide;
+    Vec before;
+    for (int64_t j = 0; j < kKeys; ++j) {
+      const int64_t at = j * kGradRows + r * kSide, key = block.begin + j;
+      Vec probability(0.f), gradient(0.f);
+      if (key >= any.begin && key < any.end) {
+        const Vec difference = Vec::loadu(space.scores + at) * scale - logsumexp;
+        probability = exp2_coarse(difference * Vec(kLog2e));
+        gradient = (Vec::loadu(space.dp + at) - delta) * probability;
+        if (key < all.begin || key >= all.end) {
+          const Vec seen = sight.of(key);
+          probability = Vec::blendv(Vec(0.f), probability, seen);
+          gradient = Vec::blendv(Vec(0.f), gradient, seen);
+        }
+      }
+      _mm256_storeu_si256((__m256i*)(space.p + at), (__m256i)_mm512_cvtneps_pbh(probability));
+      _mm256_storeu_si256((__m256i*)(space.ds + at), (__m256i)_mm512_cvtneps_pbh(gradient));
+      if (j % 2 == 0) {
+        before = gradient;
+      } else {
+        _mm512_storeu_si512(pairs + j / 2 * kSide, paired(before, gradient));
+      }
+    }
+  }
+}
+
+void backward(const Attention& a, const Sequence& s, const SequenceGradients& g, int64_t kv_head,
+              int64_t key, int64_t key_end, float* dq, float* workspace) {
+  if (!serves(a)) {
+    plain().backward(a, s, g, kv_head, key, key_end, dq, workspace);
+    return;
+  }
+  const Tiles tiles;
+  const int64_t keys = key_end - key, padded = round_up(keys, kKeys);
+  const int64_t rows = a.groups * s.q_length;
+  const BackwardSpace space(a, keys, workspace);
+  const int64_t width = space.width, v_width = space.v_width;
+  std::memset(space.k, 0, size_t(padded * width) * sizeof(Half));
+  std::memset(space.v, 0, size_t(padded * v_width) * sizeof(Half));
+  for (int64_t j = 0; j < keys; ++j) {
+    load_half(s.k.data, element(s.k, key + j, kv_head), a.dim, width, false, space.k + j * width);
+    load_half(s.v.data, element(s.v, key + j, kv_head), a.v_dim, v_width, false,
+              space.v + j * v_width);
+  }
+  for (int64_t j = 0; j < padded; j += kDepth) {
+    pack_transposed(space.k + j * width, width, space.k_transposed + j / 2 * width, space.scratch);
+  }
+  std::memset(space.dk, 0, size_t(padded * width) * sizeof(float));
+  std::memset(space.dv, 0, size_t(padded * v_width) * sizeof(float));
+
+  for (int64_t row = 0; row < rows; row += kGradRows) {
+    const int64_t count = min_of(kGradRows, rows - row);
+    std::memset(space.dq, 0, size_t(width * kGradRows) * sizeof(float));
+    const Range range = intersection(seen_by_any(a, s, row, count), {key, key_end});
+    if (range.begin < range.end) {
+      for (int64_t r = 0; r < kGradRows; ++r) {
+        space.logsumexp[r] = kInf;  // P is 0
+        space.delta[r] = 0;
+        const int64_t stack = row + r;
+        const int64_t at =
+            (kv_head * a.groups + stack % a.groups) * s.logsumexp_stride + stack / a.groups;
+        if (r >= count || s.logsumexp[at] == -kInf) continue;
+        load_row(s.out.data, a.type, stacked(a, s.out, kv_head, stack), a.v_dim, space.other);
+        load_row(g.dout.data, a.type, stacked(a, g.dout, kv_head, stack), a.v_dim, space.row);
+        float sum = 0;
+        for (int64_t d = 0; d < a.v_dim; ++d) sum += space.row[d] * space.other[d];
+        space.delta[r] = sum - (g.dlogsumexp ? g.dlogsumexp[at] : 0);
+        space.logsumexp[r] = s.logsumexp[at];
+      }
+      load_rows(a, s.q, kv_head, row, space.logsumexp, a.dim, width, space.rows, space.q, space.q_pairs);
+      load_rows(a, g.dout, kv_head, row, space.logsumexp, a.v_dim, v_width, space.rows, space.dout,
+                space.dout_pairs);
+    }
+    // Blocks begin at multiples of kKeys from the first key, where the packed tiles do.
+    const int64_t first_block = (range.begin - key) / kKeys * kKeys;
+    for (int64_t from = first_block; key + from < range.end; from += kKeys) {
+      const Range block = {key + from, min_of(key + from + kKeys, key_end)};
+      const Factor k = {space.k + from * width, 2 * width, kSide * 2 * width, 2 * kDepth};
+      const Factor v = {space.v + from * v_width, 2 * v_width, kSide * 2 * v_width, 2 * kDepth};
+      const Factor q = {space.q, 64, width / 2 * 64, kSide * 64};
+      const Factor dout = {space.dout, 64, v_width / 2 * 64, kSide * 64};
+      multiply_all(k, q, kKeys, kGradRows, width / kDepth, space.scores, kGradRows, false);
+      multiply_all(v, dout, kKeys, kGradRows, v_width / kDepth, space.dp, kGradRows, false);
+      differentiate(a, s, row, count, block, space);
+
+      const Factor k_transposed = {space.k_transposed + from / 2 * width, 64, kSide * 64,
+                                   width * 64};
+      const Factor ds_pairs = {space.ds_pairs, 64, kKeys / 2 * 64, kSide * 64};
+      multiply_all(k_transposed, ds_pairs, width, kGradRows, kKeys / kDepth, space.dq, kGradRows,
+                   true);
+      const Factor p = {space.p, 2 * kGradRows, kSide * 2 * kGradRows, 2 * kDepth};
+      const Factor ds = {space.ds, 2 * kGradRows, kSide * 2 * kGradRows, 2 * kDepth};
+      const Factor q_pairs = {space.q_pairs, 4 * width, 64, kSide * 4 * width};
+      const Factor dout_pairs = {space.dout_pairs, 4 * v_width, 64, kSide * 4 * v_width};
+      multiply_all(p, dout_pairs, kKeys, v_width, kGradRows / kDepth, space.dv + from * v_width,
+                   v_width, true);
+      multiply_all(ds, q_pairs, kKeys, width, kGradRows / kDepth, space.dk + from * width, width,
+                   true);
+    }
+    transpose(space.dq, kGradRows, a.dim, kGradRows, a.scale, space.row, a.dim);
+    for (int64_t r = 0; r < count; ++r) {
+      const float* from = space.row + r * a.dim;
+      if (dq) {
+        std::memcpy(dq + (row + r) * a.dim, from, size_t(a.dim) * sizeof(float));
+      } else {
+        store_row(from, a.dim, a.type, g.dq.data, stacked(a, g.dq, kv_head, row + r));
+      }
+    }
+  }
+  for (int64_t j = 0; j < keys; ++j) {
+    float *dk = space.dk + j * width, *dv = space.dv + j * v_width;
+    for (int64_t d = 0; d < a.dim; ++d) dk[d] *= a.scale;
+    store_row(dk, a.dim, a.type, g.dk.data, element(g.dk, key + j, kv_head));
+    store_row(dv, a.v_dim, a.type, g.dv.data, element(g.dv, key + j, kv_head));
+  }
+}
+
+void sum_dq(const Attention& a, const Sequence& s, const SequenceGradients& g, int64_t kv_head,
+            int64_t row, int64_t row_end, const float* dq, int64_t count, int64_t stride,
+            float* workspace) {
+  plain().sum_dq(a, s, g, kv_head, row, row_end, dq, count, stride, workspace);
+}
+
+}  // namespace
+
+extern const AttentionKernels attention_kernels = {forward,  forward_workspace,  combine,
+                                                   backward, backward_workspace, sum_dq};
+
+}  // namespace t2i::cpu::CPU_CAPABILITY
