@@ -2,6 +2,7 @@
 # make test      run the tests
 # make weights   make the shipped weights again: data, the trainings, evaluation. Hours; it can be
 #                interrupted, and goes on where it stopped
+# make fuzz      check ten million vectors of random problems for vq_nearest against fp64
 # make sanitize  run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench     measure the kernels beside their peers: benchmarks/results/README.md. An hour or two
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
@@ -28,7 +29,7 @@ T2I := $(VENV)/bin/t2i
 NAME := emoji64
 MODEL := t2i/pretrained/$(NAME)
 
-.PHONY: demo test sanitize weights bench install clean FORCE
+.PHONY: demo test fuzz sanitize weights bench install clean FORCE
 
 BENCH_THREADS ?= 1 2
 
@@ -37,6 +38,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest
+
+fuzz: $(VENV)/installed-test
+	$(VENV)/bin/python tests/kernels/fuzz_vq_nearest.py
 
 # The instrumented library takes the other's place, and the next make builds that again.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
