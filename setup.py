@@ -49,13 +49,18 @@ GIGABYTES_PER_JOB = 1.0  # a compiler takes 0.3 GB with these sources
 
 # Kernels are free of torch but for the header-only at::vec, which TORCH_TARGET_VERSION would
 # disable; the rest sees torch through its stable ABI alone.
-KERNEL_SOURCES = ["csrc/cpu/vq_nearest.cpp", "csrc/cpu/flash_attention.cpp"]
+KERNEL_SOURCES = [
+    "csrc/cpu/vq_nearest.cpp",
+    "csrc/cpu/flash_attention.cpp",
+    "csrc/cpu/decode_attention.cpp",
+]
 AMX_SOURCES = ["csrc/cpu/flash_attention_amx.cpp"]
 PLAIN_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/vq_tree.cpp",
     "csrc/bindings/vq_nearest_cpu.cpp",
     "csrc/bindings/flash_attention_cpu.cpp",
+    "csrc/bindings/decode_attention_cpu.cpp",
 ]
 
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]

@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/float_type.h"
+
 namespace t2i {
 
 using torch::headeronly::ScalarType;
@@ -32,6 +34,21 @@ inline std::string shape(const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
   text << ']';
   return text.str();
+}
+
+inline cpu::FloatType float_type(const char* op, const Tensor& tensor, const char* name) {
+  check(op, tensor.is_cpu(), name, " must be on the CPU");
+  const ScalarType type = tensor.scalar_type();
+  check(op, type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+        name, " must be float32, bfloat16 or float16");
+  if (type == ScalarType::Float) return cpu::FloatType::f32;
+  return type == ScalarType::BFloat16 ? cpu::FloatType::bf16 : cpu::FloatType::f16;
+}
+
+inline Tensor with_contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  const bool contiguous = tensor.stride(last) == 1 || tensor.size(last) <= 1;
+  return contiguous ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Memory for a kernel, at the start of a cache line, not initialised.

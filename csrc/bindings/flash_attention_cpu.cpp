@@ -25,27 +25,6 @@ constexpr int64_t kGradChunks = 4;   // buffers for dq at most
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-FloatType float_type(const Tensor& tensor, const char* name) {
-  check(kOp, tensor.is_cpu(), name, " must be on the CPU");
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return FloatType::f32;
-    case ScalarType::BFloat16:
-      return FloatType::bf16;
-    case ScalarType::Half:
-      return FloatType::f16;
-    default:
-      check(kOp, false, name, " must be float32, bfloat16 or float16");
-      return FloatType::f32;
-  }
-}
-
-Tensor with_contiguous_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  const bool contiguous = tensor.stride(last) == 1 || tensor.size(last) <= 1;
-  return contiguous ? tensor : torch::stable::contiguous(tensor);
-}
-
 // The rows of sequence i of a tensor [batch, length, heads, dim] or, from first on, of a packed
 // one [total, heads, dim].
 Rows rows_of(const Tensor& tensor, bool packed, int64_t i, int64_t first) {
@@ -91,8 +70,8 @@ struct Call {
     check(kOp, q.dim() == dims && k.dim() == dims && v.dim() == dims, "q, k and v must have ",
           dims, " dimensions, got ", shape(q), ", ", shape(k), ", ", shape(v));
     check(kOp, cu_seqlens_k.has_value() == packed, "cu_seqlens_q and cu_seqlens_k go together");
-    const FloatType type = float_type(q, "q");
-    check(kOp, float_type(k, "k") == type && float_type(v, "v") == type,
+    const FloatType type = float_type(kOp, q, "q");
+    check(kOp, float_type(kOp, k, "k") == type && float_type(kOp, v, "v") == type,
           "q, k and v must have one type");
     const int64_t heads = q.size(dims - 2), kv_heads = k.size(dims - 2);
     bool fits = k.size(dims - 1) == q.size(dims - 1) && (packed || k.size(0) == q.size(0));
@@ -244,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(
   };
   Tensor dq = like(q), dk = like(k), dv = like(v);
   const Tensor dout_rows = with_contiguous_rows(dout);
-  check(kOp, float_type(dout_rows, "dout") == a.type, "dout must have the type of q");
+  check(kOp, float_type(kOp, dout_rows, "dout") == a.type, "dout must have the type of q");
   std::optional<Tensor> dlse;
   if (dlogsumexp) dlse = torch::stable::contiguous(*dlogsumexp);
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
     "vq_nearest": ROOT / "tests/kernels/test_vq_nearest_native.py",
     "flash_attention": ROOT / "tests/kernels/test_flash_attention_native.py",
+    "decode_attention": ROOT / "tests/kernels/test_decode_attention_native.py",
 }
 
 # name -> (text, its replacement, the tests that must notice)
@@ -87,9 +88,30 @@ ATTENTION = {
         "huge",
     ),
 }
+DECODE = {
+    "none": ("", "", "contract or caches or others"),
+    "append skipped": ("store_row(x, step.dim, step.type, to.data, at);", "", "steps"),
+    "own slot unseen": ("begin + j > own", "begin + j >= own", "steps"),
+    "window off by one": ("(start, own - step.window)", "(start, own - step.window - 1)", "caches"),
+    "padding seen": ("max_of(start, own - step.window)", "own - step.window", "padding"),
+    "position not from start": ("max_of(slot - start, 0)", "max_of(slot, 0)", "padding"),
+    "softcap off": ("tanh(score) * Vec(step.softcap)", "score", "steps"),
+    "scale off": (": step.scale;", ": 1;", "steps"),
+    "parts not weighted": (
+        "std::exp(partials[i].largest[r] - shift);\n      const",
+        "1;\n      const",
+        "caches",
+    ),
+    "sum not rescaled": ("partial.sum[r] * scale + sum", "partial.sum[r] + sum", "caches"),
+    "int8 cut off": ("std::nearbyint(x[d] / divisor)", "x[d] / divisor", "int8"),
+}
 MUTATIONS = [
     pytest.param(op, *mutation, id=f"{op}: {name}")
-    for op, mutations in (("vq_nearest", NEAREST), ("flash_attention", ATTENTION))
+    for op, mutations in (
+        ("vq_nearest", NEAREST),
+        ("flash_attention", ATTENTION),
+        ("decode_attention", DECODE),
+    )
     for name, mutation in mutations.items()
 ]
 

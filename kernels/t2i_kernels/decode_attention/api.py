@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import native
 from ..checks import (
     check_device,
     check_floating,
@@ -14,7 +15,7 @@ from ..checks import (
     check_scores,
     default_scale,
 )
-from ..registry import LIBRARY, Backend, register, register_op, select
+from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
 from .cache import KVCache
 
@@ -208,6 +209,15 @@ def add_backend(name: str, available, supports) -> None:
     register("decode_attention", Backend(name, available, supports, run))
 
 
+def _cpu_supports(q, *rest) -> Reason:
+    if q.device.type != "cpu":
+        return f"q is on {q.device}"
+    if q.dtype == torch.float64:
+        return "float64 is for the reference only"
+    return None
+
+
 register_op("decode_attention", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("decode_attention.reference", reference.decode_attention, "CompositeExplicitAutograd")
+add_backend("cpu", native.reason, _cpu_supports)
