@@ -59,8 +59,8 @@ weights: $(VENV)/installed-weights
 	$(T2I) train tokenizer configs/$(NAME)-decoder.toml --resume
 	$(T2I) train lm configs/$(NAME)-lm-first-view.toml --resume
 	$(T2I) export --tokenizer runs/$(NAME)-decoder --lm runs/$(NAME)-lm-first-view \
-		--cfg 1.5 --temperature 0.5 -o $(MODEL)
-	$(T2I) eval $(MODEL) --prompts 2000 --card
+		--cfg 1.25 --temperature 0.3 -o $(MODEL)
+	$(T2I) eval $(MODEL) --prompts 6000 --card
 
 bench: $(VENV)/installed-bench
 	mkdir -p benchmarks/results

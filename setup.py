@@ -166,7 +166,7 @@ class Toolchain:
         self.compiler_version = self.run("--version").splitlines()[0]
         x86 = platform.machine() in ("x86_64", "AMD64")
         self.capabilities = ["DEFAULT", "AVX2", "AVX512"] if x86 else ["DEFAULT"]
-        if x86 and self.knows(AMX_FLAGS):
+        if x86 and self.has_amx():
             self.capabilities.append("AMX")
 
     def run(self, *arguments: str) -> str:
@@ -178,12 +178,15 @@ class Toolchain:
             raise Unavailable(f"the compiler failed: {shlex.join(command)}\n{message}")
         return done.stdout
 
-    def knows(self, flags: list[str]) -> bool:
-        """Whether the compiler has these flags, as old ones do not."""
-        try:
-            self.run(*flags, "-E", "-x", "c++", "/dev/null")
-        except Unavailable:
-            return False
+    def has_amx(self) -> bool:
+        """Whether compiler and assembler know it, which old ones do not."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "amx.cpp")
+            source.write_text("#include <immintrin.h>\nvoid f() { _tile_dpbf16ps(0, 1, 2); }\n")
+            try:
+                self.run(*AMX_FLAGS, "-c", str(source), "-o", str(source.with_suffix(".o")))
+            except Unavailable:
+                return False
         return True
 
     def units(self) -> list[tuple[str, str | None]]:

@@ -15,7 +15,7 @@ namespace {
 using namespace t2i::cpu;
 
 constexpr const char* kOp = "decode_attention";
-constexpr int64_t kPart = 1024;  // slots of a task at most
+constexpr int64_t kPart = 16 * kDecodeSlots;  // slots of a task at most, counted from start
 
 template <typename... Args>
 void check_index(bool ok, const Args&... message) {
@@ -26,20 +26,20 @@ void check_index(bool ok, const Args&... message) {
   throw std::out_of_range(text.str());  // Python: IndexError
 }
 
-Tokens tokens_of(const Tensor& tensor) {
+Tokens read_only(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
 }
 
-Scales scales_of(const std::optional<Tensor>& tensor) {
-  if (!tensor) return {nullptr, 0, 0, 0};
-  return {const_cast<float*>(tensor->const_data_ptr<float>()), tensor->stride(0),
-          tensor->stride(1), tensor->stride(2)};
+Tokens written(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-struct Part {
-  int64_t row, head, slot, slot_end;
-};
+Scales written_scales(const std::optional<Tensor>& tensor) {
+  if (!tensor) return {nullptr, 0, 0, 0};
+  return {tensor->mutable_data_ptr<float>(), tensor->stride(0), tensor->stride(1),
+          tensor->stride(2)};
+}
 
 Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Tensor v_cache,
                         std::optional<Tensor> k_scale, std::optional<Tensor> v_scale,
@@ -56,6 +56,11 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
   v_new = with_contiguous_rows(v_new);
   check(kOp, q.dim() == 4 && k_new.dim() == 4 && v_new.dim() == 4, "q, k_new and v_new must be "
         "[B, n, heads, D]");
+  const bool int8 = k_cache.scalar_type() == ScalarType::Char;
+  check(kOp, k_scale.has_value() == int8 && v_scale.has_value() == int8,
+        "an int8 cache has scales, another has none");
+  check(kOp, k_new.size(2) > 0 ? q.size(2) % k_new.size(2) == 0 : q.size(2) == 0,
+        "q has ", q.size(2), " heads, no multiple of k_new's ", k_new.size(2));
   const int64_t batch = q.size(0), kv_heads = k_new.size(2), slots = k_cache.size(1);
   std::vector<int64_t> out_shape;
   for (int64_t i = 0; i < 4; ++i) out_shape.push_back(q.size(i));
@@ -63,20 +68,19 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
 
   DecodeStep step;
   step.type = float_type(kOp, q, "q");
-  step.cache_type =
-      k_cache.scalar_type() == ScalarType::Char ? CacheType::int8 : CacheType::same;
+  step.cache_type = int8 ? CacheType::int8 : CacheType::same;
   step.tokens = q.size(1);
   step.kv_heads = kv_heads;
   step.groups = kv_heads > 0 ? q.size(2) / kv_heads : 1;
   step.dim = q.size(3);
-  step.q = tokens_of(q);
-  step.k_new = tokens_of(k_new);
-  step.v_new = tokens_of(v_new);
-  step.k = tokens_of(k_cache);
-  step.v = tokens_of(v_cache);
-  step.out = tokens_of(out);
-  step.k_scale = scales_of(k_scale);
-  step.v_scale = scales_of(v_scale);
+  step.q = read_only(q);
+  step.k_new = read_only(k_new);
+  step.v_new = read_only(v_new);
+  step.k = written(k_cache);
+  step.v = written(v_cache);
+  step.out = written(out);
+  step.k_scale = written_scales(k_scale);
+  step.v_scale = written_scales(v_scale);
   const Tensor lengths = torch::stable::contiguous(seqlens), starts = torch::stable::contiguous(start);
   step.seqlens = lengths.const_data_ptr<int32_t>();
   step.start = starts.const_data_ptr<int32_t>();
@@ -116,61 +120,77 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
   check_index(!cos || last < positions, "position ", last, " is outside rotary_cos, which has ",
               positions);
 
-  std::vector<Part> parts;
-  std::vector<int64_t> first_part;  // of each (row, head)
-  bool cut = false;
+  // The parts of a group write one output, and follow each other.
+  std::vector<DecodeTask> parts;
+  std::vector<int64_t> groups;  // where each begins
+  const int64_t heads = batch * kv_heads, block = decode_tokens(step);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t end = step.seqlens[b] + step.tokens;
-    const int64_t begin =
-        std::min(end, std::max<int64_t>(step.start[b], step.seqlens[b] - step.window));
+    const int64_t begin = step.start[b];
     for (int64_t h = 0; h < kv_heads; ++h) {
-      first_part.push_back(int64_t(parts.size()));
-      // Cut at multiples of kPart, wherever the row begins.
-      int64_t slot = begin;
-      do {
-        const int64_t stop = std::min(end, (slot / kPart + 1) * kPart);
-        parts.push_back({b, h, slot, stop});
-        slot = stop;
-      } while (slot < end);
-      cut = cut || int64_t(parts.size()) - first_part.back() > 1;
+      for (int64_t token = 0; token < step.tokens; token += block) {
+        const int64_t token_end = std::min(step.tokens, token + block);
+        const int64_t end = step.seqlens[b] + token_end;
+        int64_t slot = std::max<int64_t>(begin, step.seqlens[b] + token - step.window);
+        slot = std::min(end, begin + (slot - begin) / kDecodeSlots * kDecodeSlots);
+        groups.push_back(int64_t(parts.size()));
+        do {
+          const int64_t next = begin + ((slot - begin) / kPart + 1) * kPart;
+          const int64_t stop = std::min(end, next);
+          parts.push_back({b, h, token, token_end, slot, stop});
+          slot = stop;
+        } while (slot < end);
+      }
     }
   }
-  first_part.push_back(int64_t(parts.size()));
+  const int64_t num_groups = int64_t(groups.size());
+  groups.push_back(int64_t(parts.size()));
 
   const DecodeKernels& kernels = decode_kernels();
-  const int64_t workspace = kernels.workspace(step), rows = step.groups * step.tokens;
+  const int64_t workspace = kernels.workspace(step), rows = step.groups * block;
   const int64_t width = (step.dim + 15) / 16 * 16, size = rows * (width + 2);
   const auto partial_in = [&](float* memory) {
     return DecodePartial{memory, memory + rows * width, memory + rows * (width + 1)};
   };
-  const int64_t heads = batch * kv_heads;
-  if (!cut) {
+  if (int64_t(parts.size()) == heads) {
     run_tasks(heads, workspace + size, [&](int64_t i, float* space) {
-      const Part& part = parts[i];
       const DecodePartial partial = partial_in(space + workspace);
-      kernels.append(step, part.row, part.head, space);
-      kernels.attend(step, part.row, part.head, part.slot, part.slot_end, partial, space);
-      kernels.finish(step, part.row, part.head, &partial, 1);
+      kernels.append(step, parts[i].row, parts[i].head, space);
+      kernels.attend(step, parts[i], partial, space);
+      kernels.finish(step, parts[i], &partial, 1);
     });
     return out;
   }
-  const Floats memory = allocate(int64_t(parts.size()) * size);
-  std::vector<DecodePartial> partials;
-  for (size_t i = 0; i < parts.size(); ++i) {
-    partials.push_back(partial_in(memory.get() + int64_t(i) * size));
-  }
+  // Every token is in the cache before one attends to it.
   run_tasks(heads, workspace, [&](int64_t i, float* space) {
-    kernels.append(step, parts[first_part[i]].row, parts[first_part[i]].head, space);
+    kernels.append(step, i / kv_heads, i % kv_heads, space);
   });
-  run_tasks(int64_t(parts.size()), workspace, [&](int64_t i, float* space) {
-    const Part& part = parts[i];
-    kernels.attend(step, part.row, part.head, part.slot, part.slot_end, partials[i], space);
-  });
-  run_tasks(heads, 1, [&](int64_t i, float*) {
-    const Part& part = parts[first_part[i]];
-    kernels.finish(step, part.row, part.head, &partials[first_part[i]],
-                   first_part[i + 1] - first_part[i]);
-  });
+  if (int64_t(parts.size()) == num_groups) {
+    run_tasks(num_groups, workspace + size, [&](int64_t i, float* space) {
+      const DecodePartial partial = partial_in(space + workspace);
+      kernels.attend(step, parts[i], partial, space);
+      kernels.finish(step, parts[i], &partial, 1);
+    });
+    return out;
+  }
+  // Some groups at a time, so that what waits for its other parts stays small.
+  constexpr int64_t kMostFloats = 1 << 24;
+  const int64_t most = std::max<int64_t>(1, kMostFloats / size);
+  for (int64_t first = 0; first < num_groups;) {
+    int64_t last = first + 1;
+    while (last < num_groups && groups[last + 1] - groups[first] <= most) ++last;
+    const int64_t begin = groups[first], count = groups[last] - begin;
+    const Floats memory = allocate(count * size);
+    std::vector<DecodePartial> partials;
+    for (int64_t i = 0; i < count; ++i) partials.push_back(partial_in(memory.get() + i * size));
+    run_tasks(count, workspace, [&](int64_t i, float* space) {
+      kernels.attend(step, parts[begin + i], partials[i], space);
+    });
+    run_tasks(last - first, 1, [&](int64_t i, float*) {
+      const int64_t at = groups[first + i];
+      kernels.finish(step, parts[at], &partials[at - begin], groups[first + i + 1] - at);
+    });
+    first = last;
+  }
   return out;
 }
 

@@ -9,7 +9,7 @@
 namespace t2i::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kSlots = 64;  // of a block
+constexpr int64_t kSlots = kDecodeSlots;
 constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kSlots % kLanes == 0);
 
@@ -20,12 +20,12 @@ int64_t element(const Tokens& x, int64_t row, int64_t token, int64_t head) {
 int64_t padded_dim(const DecodeStep& step) { return round_up(step.dim, kLanes); }
 
 struct Space {
-  float *q, *k, *v;  // [groups * tokens, padded dim], [kSlots, padded dim]
-  float* scores;     // [groups * tokens, kSlots]
+  float *q, *k, *v;  // [groups * tokens of a task, padded dim], [kSlots, padded dim]
+  float* scores;     // [groups * tokens of a task, kSlots]
   float* row;        // [2, padded dim]
 
   Space(const DecodeStep& step, float* space) {
-    const int64_t rows = step.groups * step.tokens, width = padded_dim(step);
+    const int64_t rows = step.groups * decode_tokens(step), width = padded_dim(step);
     q = space;
     k = q + rows * width;
     v = k + kSlots * width;
@@ -34,7 +34,7 @@ struct Space {
   }
 
   static int64_t size(const DecodeStep& step) {
-    const int64_t rows = step.groups * step.tokens, width = padded_dim(step);
+    const int64_t rows = step.groups * decode_tokens(step), width = padded_dim(step);
     return rows * (width + kSlots) + 2 * kSlots * width + 2 * width;
   }
 };
@@ -167,14 +167,15 @@ void dot(const float* q, const SlotRows& k, int64_t width, int64_t count, float*
   }
 }
 
-void attend(const DecodeStep& step, int64_t row, int64_t head, int64_t slot, int64_t slot_end,
-            const DecodePartial& partial, float* workspace) {
+void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial& partial,
+            float* workspace) {
   const Space space(step, workspace);
-  const int64_t rows = step.groups * step.tokens, width = padded_dim(step);
+  const int64_t row = task.row, head = task.head, width = padded_dim(step);
+  const int64_t rows = step.groups * (task.token_end - task.token);
   const int64_t start = step.start[row], seqlen = step.seqlens[row];
   const float factor = step.softcap > 0 ? step.scale / step.softcap : step.scale;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t token = r / step.groups;
+    const int64_t token = task.token + r / step.groups;
     float* q = space.q + r * width;
     const int64_t q_head = head * step.groups + r % step.groups;
     load_row(step.q.data, step.type, element(step.q, row, token, q_head), step.dim, q);
@@ -186,8 +187,10 @@ void attend(const DecodeStep& step, int64_t row, int64_t head, int64_t slot, int
   }
   std::memset(partial.out, 0, size_t(rows * width) * sizeof(float));
 
-  for (int64_t begin = slot; begin < slot_end; begin += kSlots) {
-    const int64_t count = min_of(kSlots, slot_end - begin);
+  int64_t count;
+  for (int64_t begin = task.slot; begin < task.slot_end; begin += count) {
+    // Up to the next multiple of kSlots from start.
+    count = min_of(kSlots - (begin - start) % kSlots, task.slot_end - begin);
     const SlotRows k =
         read_slots(step, step.k, step.k_scale, row, head, begin, count, space.k);
     const SlotRows v =
@@ -195,7 +198,7 @@ void attend(const DecodeStep& step, int64_t row, int64_t head, int64_t slot, int
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = space.scores + r * kSlots;
       dot(space.q + r * width, k, width, count, scores);
-      const int64_t own = seqlen + r / step.groups;
+      const int64_t own = seqlen + task.token + r / step.groups;
       const int64_t first = max_of(start, own - step.window);
       for (int64_t j = 0; j < kSlots; ++j) {
         if (j >= count || begin + j < first || begin + j > own) scores[j] = -kInf;
@@ -235,9 +238,9 @@ void attend(const DecodeStep& step, int64_t row, int64_t head, int64_t slot, int
   }
 }
 
-void finish(const DecodeStep& step, int64_t row, int64_t head, const DecodePartial* partials,
+void finish(const DecodeStep& step, const DecodeTask& task, const DecodePartial* partials,
             int64_t count) {
-  const int64_t rows = step.groups * step.tokens, width = padded_dim(step);
+  const int64_t rows = step.groups * (task.token_end - task.token), width = padded_dim(step);
   for (int64_t r = 0; r < rows; ++r) {
     float largest = -kInf;
     for (int64_t i = 0; i < count; ++i) {
@@ -255,9 +258,9 @@ void finish(const DecodeStep& step, int64_t row, int64_t head, const DecodeParti
     }
     const float inverse = sum == 0 ? 0 : 1 / sum;
     for (int64_t d = 0; d < step.dim; ++d) out[d] *= inverse;
-    const int64_t q_head = head * step.groups + r % step.groups;
+    const int64_t q_head = task.head * step.groups + r % step.groups;
     store_row(out, step.dim, step.type, step.out.data,
-              element(step.out, row, r / step.groups, q_head));
+              element(step.out, task.row, task.token + r / step.groups, q_head));
   }
 }
 

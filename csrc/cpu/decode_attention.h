@@ -1,10 +1,10 @@
 // One decoding step of attention: rotate and append new tokens to a cache, and attend from them to
 // all of it. Free of torch; all memory is the caller's.
 //
-// A task is one key head of one row of the batch, all of whose query heads and tokens share what is
-// read, or a part of its slots: parts are of a fixed length, so that a row's result depends on that
-// row alone, to the bit, whatever is computed beside it and by how many threads. Slots outside
-// [start, seqlens + tokens) are never read.
+// A task is a block of tokens for one key head of one row of the batch, whose query heads share what
+// is read, or a part of their slots. Parts and blocks of slots begin at fixed places, so that a
+// token's result depends on its row alone, to the bit, whatever is computed beside it and by how
+// many threads. Slots outside [start, seqlens + tokens) are never read.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,20 @@ struct DecodeStep {
   float scale;
 };
 
-// What one part of the slots gives: [groups * tokens, dim] and [groups * tokens].
+constexpr int64_t kDecodeSlots = 64;  // of a block, counted from start
+
+// Tokens of a task at most.
+inline int64_t decode_tokens(const DecodeStep& step) {
+  const int64_t most = step.groups < 64 ? 64 / step.groups : 1;
+  return step.tokens < most ? step.tokens : most;
+}
+
+// Which tokens of a row and key head, and which slots.
+struct DecodeTask {
+  int64_t row, head, token, token_end, slot, slot_end;
+};
+
+// What a task gives: [groups * tokens, dim] and [groups * tokens].
 struct DecodePartial {
   float *out, *largest, *sum;
 };
@@ -53,12 +66,13 @@ struct DecodeKernels {
   // Writes the new tokens of a row and key head into the cache.
   void (*append)(const DecodeStep&, int64_t row, int64_t head, float* workspace);
 
-  // Attends to the slots [slot, slot_end); partial.out is not divided by the sum.
-  void (*attend)(const DecodeStep&, int64_t row, int64_t head, int64_t slot, int64_t slot_end,
-                 const DecodePartial& partial, float* workspace);
+  // partial.out is not divided by the sum.
+  void (*attend)(const DecodeStep&, const DecodeTask& task, const DecodePartial& partial,
+                 float* workspace);
 
-  // Writes the output from the partials of all parts, the first of which is overwritten.
-  void (*finish)(const DecodeStep&, int64_t row, int64_t head, const DecodePartial* partials,
+  // Writes the output of a task's tokens from the partials of all their slots, the first of which
+  // is overwritten.
+  void (*finish)(const DecodeStep&, const DecodeTask& task, const DecodePartial* partials,
                  int64_t count);
 
   int64_t (*workspace)(const DecodeStep&);  // of append and attend, in floats

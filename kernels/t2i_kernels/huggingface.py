@@ -161,6 +161,7 @@ def mask(
     kv_offset: int = 0,
     mask_function=causal_mask_function,
     attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -169,11 +170,12 @@ def mask(
 
     A tensor, bool [B, 1, Lq, Lk], that knows its ``Sequences``. Of the plain causal mask, which
     needs none, these alone; but for a cache of fixed size, whose masks transformers makes ahead and
-    takes for a user's, which are tensors.
+    takes for a user's, which are tensors, and for models that ask for one.
     """
     own = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
     padded = own is not None and (own.shape[1] < kv_length or not own.all())
-    if mask_function is causal_mask_function and not padded and isinstance(q_offset, int):
+    plain = mask_function is causal_mask_function and not padded and isinstance(q_offset, int)
+    if plain and allow_is_causal_skip:
         if q_offset + q_length == kv_offset + kv_length:
             return Sequences(causal=True, keys=slice(None))
     made = sdpa_mask(
@@ -226,7 +228,8 @@ def attention(
         sequences = Sequences(causal, sliding_window, keys=slice(None))
     elif isinstance(attention_mask, Tensor):
         sequences = getattr(attention_mask, SEQUENCES, None)
-        if sequences is None or attention_mask.shape[-1] != key.shape[2]:
+        shape = len(query), 1, query.shape[2], key.shape[2]
+        if sequences is None or attention_mask.shape != shape:
             sequences = Sequences.of_mask(_seen(attention_mask, query, key))
     out = sequences.attend(
         query.transpose(1, 2),
@@ -239,11 +242,21 @@ def attention(
 
 
 def _seen(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """What each query sees, bool [B, Lq, Lk], of a mask [B or 1, 1, Lq, Lk or more]: bool, or added
-    to the scores."""
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] < key.shape[2]:
-        raise ValueError(f"attention_mask {tuple(mask.shape)}: expected [B, 1, Lq, Lk]")
-    mask = mask[:, 0, :, : key.shape[2]].expand(len(query), -1, -1)
+    """What each query sees, bool [B, Lq, Lk], of a mask [B or 1, 1, Lq or 1, Lk or more]: bool, or
+    added to the scores."""
+    batch, q_length, k_length = len(query), query.shape[2], key.shape[2]
+    fits = (
+        mask.dim() == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] == 1
+        and mask.shape[2] in (1, q_length)
+        and mask.shape[3] >= k_length
+    )
+    if not fits:
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)}: expected {(batch, 1, q_length, k_length)}"
+        )
+    mask = mask[:, 0, :, :k_length].expand(batch, q_length, -1)
     if mask.dtype == torch.bool:
         return mask
     seen = mask == 0

@@ -183,6 +183,18 @@ def test_random_intervals_are_right_or_refused():
     assert accepted > 20
 
 
+def test_a_mask_for_all_queries_is_not_causal():
+    q = torch.randn(2, 2, 5, 4)
+    module = torch.nn.Identity()
+    for length in (5, 3):
+        row = (torch.arange(5) < torch.tensor([[5], [length]]))[:, None, None]
+        found, _ = attention(module, q, q, q, row)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, row)
+        torch.testing.assert_close(found, expected.transpose(1, 2))
+        added = torch.zeros(2, 1, 1, 5).masked_fill(~row, torch.finfo(torch.float32).min)
+        assert torch.equal(attention(module, q, q, q, added)[0], found)
+
+
 def test_what_it_cannot_do_is_an_error():
     q = torch.randn(1, 2, 3, 4)
     module = torch.nn.Identity()
@@ -194,12 +206,10 @@ def test_what_it_cannot_do_is_an_error():
         attention(module, q, q, q, torch.tensor([0.0, -1.0, 0.0]).expand(1, 1, 3, 3))
     with pytest.raises(ValueError, match="gaps"):
         attention(module, q, q, q, torch.tensor([True, False, True]).expand(1, 1, 3, 3))
-    with pytest.raises(ValueError, match="expected .B, 1, Lq, Lk."):
-        attention(module, q, q, q, torch.ones(1, 2, 3, 3).bool())
-    one_row = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()[:, None, None]
     keys = torch.randn(2, 2, 4, 4)
-    with pytest.raises(ValueError, match="expected .B, 1, Lq, Lk."):
-        attention(module, keys[:, :, :1], keys, keys, one_row)
+    for shape in [(2, 1, 1, 3), (2, 1, 3, 4), (3, 1, 4, 4), (2, 2, 4, 4), (2, 4, 4)]:
+        with pytest.raises(ValueError, match=r"expected \(2, 1, 4, 4\)"):
+            attention(module, keys, keys, keys, torch.ones(shape).bool())
     with pytest.raises(ValueError, match="in no such way"):  # a prefix that all see, then causal
         prefix = torch.ones(64, 64).tril().bool() | (torch.arange(64) < 32)
         Sequences.of_mask(prefix[None])

@@ -23,6 +23,12 @@ TESTS = {
     "decode_attention": ROOT / "tests/kernels/test_decode_attention_native.py",
 }
 
+FILES = {  # what is compiled, and what that includes
+    "vq_nearest": ["csrc/cpu/vq_nearest.cpp"],
+    "flash_attention": ["csrc/cpu/flash_attention.cpp", "csrc/cpu/attention_rows.h"],
+    "decode_attention": ["csrc/cpu/decode_attention.cpp"],
+}
+
 # name -> (text, its replacement, the tests that must notice)
 NEAREST = {
     "none": ("", "", "oracle or ties or panel or layouts or finite or equally"),
@@ -138,14 +144,15 @@ def build(tmp_path_factory):
 @pytest.mark.parametrize(("op", "text", "replacement", "tests"), MUTATIONS)
 def test_mutation_is_caught(build, tmp_path, op, text, replacement, tests):
     toolchain, objects = build
-    source_file = f"csrc/cpu/{op}.cpp"
+    source_file = FILES[op][0]
     capability = "DEFAULT"  # the one that every machine has; without fused multiply-adds
 
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = (tmp_path / source_file).read_text()
     if text:
+        (file,) = [tmp_path / f for f in FILES[op] if text in (tmp_path / f).read_text()]
+        source = file.read_text()
         assert source.count(text) == 1, "the mutation no longer fits the source"
-        (tmp_path / source_file).write_text(source.replace(text, replacement))
+        file.write_text(source.replace(text, replacement))
     toolchain.root = tmp_path
     mutant = toolchain.compile(source_file, capability, tmp_path)
 

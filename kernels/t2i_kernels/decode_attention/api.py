@@ -209,11 +209,13 @@ def add_backend(name: str, available, supports) -> None:
     register("decode_attention", Backend(name, available, supports, run))
 
 
-def _cpu_supports(q, *rest) -> Reason:
+def _cpu_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
     if q.device.type != "cpu":
         return f"q is on {q.device}"
     if q.dtype == torch.float64:
         return "float64 is for the reference only"
+    if any(cache.stride(3) != 1 and cache.shape[3] > 1 for cache in (k_cache, v_cache)):
+        return "the cache is not contiguous in its last dimension"
     return None
 
 
