@@ -19,9 +19,9 @@ from .sampling import Statistics
 PROMPTS = (
     "red apple, twemoji style",
     "red apple, noto style",
-    "shark, fluent style",
+    "penguin, fluent style",
     "cat face, fluent flat style",
-    "grinning face with sunglasses, noto style",
+    "smiling face with sunglasses, noto style",
     "rainbow, twemoji style",
     "cactus, fluent flat style",
     "rocket, fluent style",

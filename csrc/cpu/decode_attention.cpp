@@ -199,7 +199,7 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
       float* scores = space.scores + r * kSlots;
       dot(space.q + r * width, k, width, count, scores);
       const int64_t own = seqlen + task.token + r / step.groups;
-      const int64_t first = max_of(start, own - step.window);
+      const int64_t first = own - step.window;  // no task has slots before start
       for (int64_t j = 0; j < kSlots; ++j) {
         if (j >= count || begin + j < first || begin + j > own) scores[j] = -kInf;
       }
