@@ -131,7 +131,7 @@ def tokenize_dataset(
 
 def encoder_checksum(tokenizer: torch.nn.Module) -> str:
     """SHA-256 of what gives a tokenizer's codes their meaning: all weights but the decoder's."""
-    return weights_checksum(tokenizer, without=tokenizer.decoder_parts)
+    return weights_checksum(tokenizer, without=getattr(tokenizer, "decoder_parts", ()))
 
 
 def weights_checksum(module: torch.nn.Module, without: tuple[str, ...] = ()) -> str:

@@ -78,7 +78,7 @@ def test_each_picture_of_a_batch_is_on_its_own(name):
     alone = torch.cat([tokenizer.encode(image[None]) for image in images])
     assert torch.equal(tokenizer.encode(images), alone)
     decoded = torch.cat([tokenizer.decode(codes[None]) for codes in alone])
-    torch.testing.assert_close(tokenizer.decode(alone), decoded, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tokenizer.decode(alone), decoded, rtol=1e-4, atol=5e-5)
 
 
 def test_bad_inputs_are_named(name):

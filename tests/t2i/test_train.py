@@ -436,7 +436,7 @@ def test_a_run_is_where_another_starts(lm_changes, tmp_path):
     changes.append(f"model.pretrained={first}")
     task = LMTask(load_config(LMTraining(), overrides=changes), CPU)
     averaged = load_latest(first / "checkpoints")[1].weights["ema"]
-    assert_same(dict(task.lm.state_dict()), dict(averaged))
+    assert_same(*(dict(sorted(w.items())) for w in (task.lm.state_dict(), averaged)))
     with pytest.raises(ValueError, match="num_layers=2 .asked: 1."):
         LMTask(load_config(LMTraining(), overrides=[*changes, "model.overrides.num_layers=1"]), CPU)
 
