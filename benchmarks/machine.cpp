@@ -8,16 +8,10 @@
 namespace {
 
 #if defined(__AVX512F__)
-#define REGISTER "+v"
 constexpr int kBytes = 64;
 #elif defined(__AVX__)
-#define REGISTER "+x"
 constexpr int kBytes = 32;
-#elif defined(__aarch64__)
-#define REGISTER "+w"
-constexpr int kBytes = 16;
 #else
-#define REGISTER "+x"
 constexpr int kBytes = 16;
 #endif
 typedef float Vec __attribute__((vector_size(kBytes)));
@@ -47,10 +41,7 @@ double multiply_adds(int threads) {
     const Vec a = Vec{} + 0.999f, b = Vec{} + 0.001f;
     for (long step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i) {
-        x[i] = x[i] * a + b;
-        asm volatile("" : REGISTER(x[i]));  // a step of its own
-      }
+      for (int i = 0; i < kChains; ++i) x[i] = x[i] * a + b;
     }
     float sum = 0;
     for (int i = 0; i < kChains; ++i) sum += x[i][0];
