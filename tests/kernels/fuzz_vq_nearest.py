@@ -100,7 +100,7 @@ def wrong(z: Tensor, codebook: Tensor, metric: str, found: Tensor) -> int:
         points, codes = (x / x.norm(dim=1, keepdim=True).clamp_min(1e-300) for x in (points, codes))
     centre = codes.mean(0)
     points, codes = points - centre, codes - centre
-    scale = codes.abs().max().clamp_min(1e-300)
+    scale = torch.maximum(codes.abs().max(), points.abs().max()).clamp_min(1e-300)
     points, codes = points / scale, codes / scale
     scores = torch.addmm(codes.square().sum(1), points, codes.T, alpha=-2)
     slack = 1e-11 * (1 + points.square().sum(1, keepdim=True)) * codes.shape[1]
