@@ -8,8 +8,6 @@
 namespace t2i::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 // ---- Rows --------------------------------------------------------------------------------------
 
 inline int64_t element(const Rows& rows, int64_t i, int64_t head) {
@@ -106,9 +104,22 @@ struct Sight {
   }
 };
 
-// The difference first: where a score is its row's logsumexp, this is 1 however large it is.
-inline Vec exp_difference(const Vec& score, const Vec& from) {
-  return exp2((score - from) * Vec(kLog2e));
+// Where the logsumexp of row r of a stack is, and its gradient.
+inline int64_t statistic(const Attention& a, const Sequence& s, int64_t kv_head, int64_t r) {
+  return (kv_head * a.groups + r % a.groups) * s.logsumexp_stride + r / a.groups;
+}
+
+// The result of row r of a stack: into the caller's tensors or, where there is one, place `at` of a
+// partial.
+inline void store_result(const Attention& a, const Sequence& s, int64_t kv_head, int64_t r,
+                         const float* out, float logsumexp, const Partial* partial, int64_t at) {
+  if (partial) {
+    store_row(out, a.v_dim, FloatType::f32, partial->out, at * a.v_dim);
+    partial->logsumexp[at] = logsumexp;
+    return;
+  }
+  store_row(out, a.v_dim, a.type, s.out.data, stacked(a, s.out, kv_head, r));
+  s.logsumexp[statistic(a, s, kv_head, r)] = logsumexp;
 }
 
 }  // namespace

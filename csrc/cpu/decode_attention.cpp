@@ -10,7 +10,6 @@ namespace t2i::cpu::CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kSlots = kDecodeSlots;
-constexpr float kLog2e = 1.4426950408889634f;
 static_assert(kSlots % kLanes == 0);
 
 int64_t element(const Tokens& x, int64_t row, int64_t token, int64_t head) {
@@ -220,7 +219,7 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
       const float shift = largest == -kInf ? 0 : largest;
       Vec total(0.f);
       for (int64_t j = 0; j < kSlots; j += kLanes) {
-        const Vec p = exp2((Vec::loadu(scores + j) - Vec(shift)) * Vec(kLog2e));
+        const Vec p = exp_difference(Vec::loadu(scores + j), Vec(shift));
         total = total + p;
         p.store(scores + j);
       }

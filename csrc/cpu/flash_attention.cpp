@@ -167,15 +167,7 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
     float* out = space.rows + r % kTileLanes * a.v_dim;
     for (int64_t d = 0; d < a.v_dim; ++d) out[d] *= inverse;
     const float logsumexp = unseeing ? -kInf : space.largest[r] + std::log(space.sum[r]);
-    if (partial) {
-      std::memcpy(partial->out + r * a.v_dim, out, size_t(a.v_dim) * sizeof(float));
-      partial->logsumexp[r] = logsumexp;
-    } else {
-      const int64_t stack = row + r;
-      store_row(out, a.v_dim, a.type, s.out.data, stacked(a, s.out, kv_head, stack));
-      s.logsumexp[(kv_head * a.groups + stack % a.groups) * s.logsumexp_stride +
-                  stack / a.groups] = logsumexp;
-    }
+    store_result(a, s, kv_head, row + r, out, logsumexp, partial, r);
   }
 }
 
@@ -199,10 +191,8 @@ void combine(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
     }
     const float inverse = sum == 0 ? 0 : 1 / sum;
     for (int64_t d = 0; d < a.v_dim; ++d) workspace[d] *= inverse;
-    const int64_t stack = row + r;
-    store_row(workspace, a.v_dim, a.type, s.out.data, stacked(a, s.out, kv_head, stack));
-    s.logsumexp[(kv_head * a.groups + stack % a.groups) * s.logsumexp_stride + stack / a.groups] =
-        sum == 0 ? -kInf : shift + std::log(sum);
+    const float logsumexp = sum == 0 ? -kInf : shift + std::log(sum);
+    store_result(a, s, kv_head, row + r, workspace, logsumexp, nullptr, 0);
   }
 }
 
@@ -262,8 +252,7 @@ void load_statistics(const Attention& a, const Sequence& s, const SequenceGradie
     space.delta[r] = 0;
     if (r >= count) continue;
     const int64_t stack = row + r;
-    const int64_t at =
-        (kv_head * a.groups + stack % a.groups) * s.logsumexp_stride + stack / a.groups;
+    const int64_t at = statistic(a, s, kv_head, stack);
     if (s.logsumexp[at] == -kInf) {  // P is 0 there, which 0 * NaN would undo
       for (int64_t d = 0; d < space.v_width; ++d) space.dout_rows[r * space.v_width + d] = 0;
       continue;

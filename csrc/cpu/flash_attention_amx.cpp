@@ -362,15 +362,7 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
     float* out = space.row + r % kTileLanes * a.v_dim;
     for (int64_t d = 0; d < a.v_dim; ++d) out[d] *= inverse;
     const float logsumexp = unseeing ? -kInf : space.largest[r] * scale + std::log(space.sum[r]);
-    if (partial) {
-      std::memcpy(partial->out + r * a.v_dim, out, size_t(a.v_dim) * sizeof(float));
-      partial->logsumexp[r] = logsumexp;
-    } else {
-      const int64_t stack = row + r;
-      store_row(out, a.v_dim, a.type, s.out.data, stacked(a, s.out, kv_head, stack));
-      s.logsumexp[(kv_head * a.groups + stack % a.groups) * s.logsumexp_stride + stack / a.groups] =
-          logsumexp;
-    }
+    store_result(a, s, kv_head, row + r, out, logsumexp, partial, r);
   }
 }
 
@@ -522,8 +514,7 @@ void backward(const Attention& a, const Sequence& s, const SequenceGradients& g,
         space.logsumexp[r] = kInf;  // P is 0
         space.delta[r] = 0;
         const int64_t stack = row + r;
-        const int64_t at =
-            (kv_head * a.groups + stack % a.groups) * s.logsumexp_stride + stack / a.groups;
+        const int64_t at = statistic(a, s, kv_head, stack);
         if (r >= count || s.logsumexp[at] == -kInf) continue;
         load_row(s.out.data, a.type, stacked(a, s.out, kv_head, stack), a.v_dim, space.other);
         load_row(g.dout.data, a.type, stacked(a, g.dout, kv_head, stack), a.v_dim, space.row);

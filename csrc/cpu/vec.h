@@ -109,25 +109,17 @@ inline __attribute__((always_inline)) void with_vecs(int64_t vecs, F f) {
   f(std::integral_constant<int, R>());
 }
 
-// C += A B or, with zero, C = A B; C is [rows, width], width a multiple of kLanes.
+// C += A B; C is [rows, width], width a multiple of kLanes.
 template <By by>
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-              int64_t c_stride, int64_t rows, int64_t width, int64_t depth, bool zero = false) {
+              int64_t c_stride, int64_t rows, int64_t width, int64_t depth) {
   for (int64_t n = 0; n < width; n += kTileLanes) {
     with_vecs(min_of(width - n, kTileLanes) / kLanes, [&](auto vecs) {
       float* out = c + n;
-      const auto store = [&](int64_t i, int r, const Vec& x) {
-        x.store(out + i * c_stride + r * kLanes);
-      };
-      if (zero) {
-        panel_product<by, vecs>(
-            a, a_stride, b + n, b_stride, rows, depth, [](int64_t, int) { return Vec(0.f); },
-            store);
-      } else {
-        panel_product<by, vecs>(
-            a, a_stride, b + n, b_stride, rows, depth,
-            [&](int64_t i, int r) { return Vec::loadu(out + i * c_stride + r * kLanes); }, store);
-      }
+      panel_product<by, vecs>(
+          a, a_stride, b + n, b_stride, rows, depth,
+          [&](int64_t i, int r) { return Vec::loadu(out + i * c_stride + r * kLanes); },
+          [&](int64_t i, int r, const Vec& x) { x.store(out + i * c_stride + r * kLanes); });
     });
   }
 }
@@ -174,6 +166,8 @@ inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t 
 
 // ---- Exponentials ------------------------------------------------------------------------------
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 // sum_i c[i] x^(i + 1), + 1.
 template <int N>
 inline __attribute__((always_inline)) Vec polynomial(const float (&c)[N], const Vec& x) {
@@ -204,6 +198,11 @@ inline Vec exp2(const Vec& x) {
   return at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
 }
 #endif
+
+// e^(score - from). The difference first: where both are the same, this is 1 however large they are.
+inline Vec exp_difference(const Vec& score, const Vec& from) {
+  return exp2((score - from) * Vec(kLog2e));
+}
 
 // tanh within 4 ulp: an odd polynomial near 0, where 1 - 2 / (1 + e^2x) would cancel.
 inline Vec tanh(const Vec& x) {
