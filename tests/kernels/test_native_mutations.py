@@ -25,7 +25,11 @@ TESTS = {
 
 FILES = {  # what is compiled, and what that includes
     "vq_nearest": ["csrc/cpu/vq_nearest.cpp"],
-    "flash_attention": ["csrc/cpu/flash_attention.cpp", "csrc/cpu/attention_rows.h"],
+    "flash_attention": [
+        "csrc/cpu/flash_attention.cpp",
+        "csrc/cpu/attention_rows.h",
+        "csrc/cpu/vec.h",
+    ],
     "decode_attention": ["csrc/cpu/decode_attention.cpp"],
 }
 
@@ -80,7 +84,11 @@ ATTENTION = {
         "oracle",
     ),
     "output not rescaled": ("r * kLanes) * factor[r]; }", "r * kLanes); }", "oracle"),
-    "one head for all": ("kv_head * a.groups + r % a.groups)", "kv_head * a.groups)", "oracle"),
+    "one head for all": (
+        "r / a.groups, kv_head * a.groups + r % a.groups)",
+        "r / a.groups, kv_head * a.groups)",
+        "oracle",
+    ),
     "parts not weighted": ("= std::exp(partials[i].logsumexp[r] - shift)", "= 1", "oracle"),
     "softcap's derivative off": ("(Vec(1.f) - tanh * tanh)", "Vec(1.f)", "oracle"),
     "dlse dropped": ("(g.dlogsumexp ? g.dlogsumexp[at] : 0)", "0", "oracle"),
