@@ -17,10 +17,13 @@ using namespace t2i::cpu;
 
 constexpr const char* kOp = "flash_attention";
 constexpr int64_t kUnbounded = int64_t(1) << 40;  // of a window
-// Tasks that a call is cut into at least, where it is long enough. It must not depend on the
-// number of threads: sums are in the order of the cuts.
+// Where there are fewer tasks, keys are cut as well. That must not depend on the number of threads:
+// sums are in the order of the cuts.
 constexpr int64_t kTasks = 32;
 constexpr int64_t kSplitKeys = 512;  // keys of a task at least, where keys are cut
+constexpr int64_t kSplitRows = 128;  // rows of such a task
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTaskBytes = 1 << 20;  // of the rows that a task keeps in the cache
 constexpr int64_t kGradChunks = 4;   // buffers for dq at most
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -128,13 +131,23 @@ struct Call {
 };
 
 struct ForwardTask {
-  int64_t sequence, kv_head, row, key, key_end, partial;  // partial: -1 for none
+  int64_t sequence, kv_head, row, rows, key, key_end, partial;  // partial: -1 for none
 };
 
 // Rows whose keys are cut: where their partials begin.
 struct Cut {
-  int64_t sequence, kv_head, row, first, count;
+  int64_t sequence, kv_head, row, rows, first, count;
 };
+
+// Rows of a task at most: the more, the less often keys and values are read.
+int64_t task_rows(const Attention& a, const std::vector<Sequence>& sequences) {
+  int64_t rows = 0;
+  for (const Sequence& s : sequences) rows += a.kv_heads * a.groups * s.q_length;
+  const int64_t enough = rows / (kTasksPerThread * torch::stable::get_num_threads());
+  const int64_t fitting = kTaskBytes / (4 * std::max<int64_t>(1, a.dim + a.v_dim));
+  return divide_up(std::clamp<int64_t>(enough, kSplitRows, std::max(fitting, kSplitRows)), kRows) *
+         kRows;
+}
 
 std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v,
                                            std::optional<Tensor> cu_seqlens_q,
@@ -156,8 +169,9 @@ std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v,
 
   int64_t blocks = 0;
   for (const Sequence& s : call.sequences) {
-    blocks += a.kv_heads * divide_up(a.groups * s.q_length, kRows);
+    blocks += a.kv_heads * divide_up(a.groups * s.q_length, kSplitRows);
   }
+  const int64_t most_rows = task_rows(a, call.sequences);
   std::vector<ForwardTask> tasks;
   std::vector<Cut> cuts;
   int64_t partials = 0;
@@ -167,38 +181,44 @@ std::tuple<Tensor, Tensor> flash_attention(Tensor q, Tensor k, Tensor v,
     const int64_t splits =
         blocks ? std::clamp<int64_t>(s.k_length / kSplitKeys, 1, divide_up(kTasks, blocks)) : 1;
     const int64_t keys = divide_up(s.k_length, splits);
+    // As even as they can be.
+    const int64_t count = divide_up(rows, splits == 1 ? most_rows : kSplitRows);
+    const int64_t step = rows ? divide_up(divide_up(rows, count), kRows) * kRows : 1;
     for (int64_t head = 0; head < a.kv_heads; ++head) {
       // The last rows first: with a causal mask they see most.
-      for (int64_t row = (divide_up(rows, kRows) - 1) * kRows; row >= 0; row -= kRows) {
+      for (int64_t row = (divide_up(rows, step) - 1) * step; row >= 0; row -= step) {
+        const int64_t here = std::min(step, rows - row);
         if (splits == 1) {
-          tasks.push_back({i, head, row, 0, s.k_length, -1});
+          tasks.push_back({i, head, row, here, 0, s.k_length, -1});
           continue;
         }
-        cuts.push_back({i, head, row, partials, splits});
+        cuts.push_back({i, head, row, here, partials, splits});
         for (int64_t part = 0; part < splits; ++part) {
           const int64_t end = std::min(s.k_length, (part + 1) * keys);
-          tasks.push_back({i, head, row, std::min(part * keys, end), end, partials++});
+          tasks.push_back({i, head, row, here, std::min(part * keys, end), end, partials++});
         }
       }
     }
   }
 
   const AttentionKernels& kernels = attention_kernels();
-  const Floats buffer = allocate(partials * kRows * (a.v_dim + 1));
+  const Floats buffer = allocate(partials * kSplitRows * (a.v_dim + 1));
   std::vector<Partial> partial(partials);
   for (int64_t i = 0; i < partials; ++i) {
-    partial[i].out = buffer.get() + i * kRows * (a.v_dim + 1);
-    partial[i].logsumexp = partial[i].out + kRows * a.v_dim;
+    partial[i].out = buffer.get() + i * kSplitRows * (a.v_dim + 1);
+    partial[i].logsumexp = partial[i].out + kSplitRows * a.v_dim;
   }
-  run_tasks(int64_t(tasks.size()), kernels.forward_workspace(a), [&](int64_t i, float* space) {
-    const ForwardTask& task = tasks[i];
-    kernels.forward(a, call.sequences[task.sequence], task.kv_head, task.row, task.key,
-                    task.key_end, task.partial < 0 ? nullptr : &partial[task.partial], space);
-  });
+  run_tasks(int64_t(tasks.size()), kernels.forward_workspace(a, most_rows),
+            [&](int64_t i, float* space) {
+              const ForwardTask& task = tasks[i];
+              kernels.forward(a, call.sequences[task.sequence], task.kv_head, task.row, task.rows,
+                              task.key, task.key_end,
+                              task.partial < 0 ? nullptr : &partial[task.partial], space);
+            });
   run_tasks(int64_t(cuts.size()), a.v_dim, [&](int64_t i, float* space) {
     const Cut& cut = cuts[i];
-    kernels.combine(a, call.sequences[cut.sequence], cut.kv_head, cut.row, &partial[cut.first],
-                    cut.count, space);
+    kernels.combine(a, call.sequences[cut.sequence], cut.kv_head, cut.row, cut.rows,
+                    &partial[cut.first], cut.count, space);
   });
   return {out, logsumexp};
 }
@@ -274,8 +294,9 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(
   for (int64_t i = 0; i < int64_t(call.sequences.size()); ++i) {
     if (chunks[i] == 1) continue;
     for (int64_t head = 0; head < a.kv_heads; ++head) {
-      for (int64_t row = 0; row < a.groups * call.sequences[i].q_length; row += kRows) {
-        cuts.push_back({i, head, row, buffers[i], chunks[i]});
+      const int64_t rows = a.groups * call.sequences[i].q_length;
+      for (int64_t row = 0; row < rows; row += kSplitRows) {
+        cuts.push_back({i, head, row, std::min(kSplitRows, rows - row), buffers[i], chunks[i]});
       }
     }
   }
@@ -283,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(
     const Cut& cut = cuts[i];
     const int64_t rows = a.groups * call.sequences[cut.sequence].q_length;
     kernels.sum_dq(a, call.sequences[cut.sequence], gradients[cut.sequence], cut.kv_head, cut.row,
-                   std::min(rows, cut.row + kRows),
+                   cut.row + cut.rows,
                    buffer.get() + cut.first + cut.kv_head * rows * a.dim, cut.count,
                    a.kv_heads * rows * a.dim, space);
   });

@@ -76,6 +76,11 @@ inline Range seen_by_all(const Attention& a, const Sequence& s, int64_t row, int
                       {0, s.k_length});
 }
 
+// Where the blocks of keys begin that a range needs: of blocks from key on, whatever the range is.
+inline int64_t first_block(int64_t key, Range range, int64_t block) {
+  return key + max_of(range.begin - key, 0) / block * block;
+}
+
 // The rows of the stack that see at least one of the keys.
 inline Range rows_that_see(const Attention& a, const Sequence& s, Range keys) {
   const int64_t offset = s.k_length - s.q_length;

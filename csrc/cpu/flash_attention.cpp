@@ -15,6 +15,9 @@ constexpr int64_t kGradKeys = 16;  // keys whose first and last row are looked u
 
 static_assert(kRows % kTileLanes == 0 && kGradRows % kTileLanes == 0);
 
+// Tiles of rows that are only partly seen are cut, so that less is computed in vain.
+constexpr int64_t kMaskedLanes = 2 * kLanes;
+
 // ---- Scores ------------------------------------------------------------------------------------
 
 // The factor of q that makes products with keys scores or, with a softcap, its argument.
@@ -47,27 +50,29 @@ struct ForwardSpace {
   float *q, *out;          // [tiles, dim or v_dim, kTileLanes]
   float *k, *v;            // [kKeys, dim or v_dim]
   float* scores;           // [kKeys, kTileLanes]
-  float *largest, *sum;    // [kRows], of the scores and of their exponentials
+  float *largest, *sum;    // [rows], of the scores and of their exponentials
   float* rows;             // [kTileLanes, dim or v_dim]: rows on their way
 
-  static int64_t size(const Attention& a) {
-    return (kRows + kKeys + kTileLanes) * (a.dim + a.v_dim) + kKeys * kTileLanes + 2 * kRows;
+  static int64_t size(const Attention& a, int64_t count) {
+    const int64_t padded = round_up(count, kTileLanes);
+    return (padded + kKeys + kTileLanes) * (a.dim + a.v_dim) + kKeys * kTileLanes + 2 * padded;
   }
 
-  ForwardSpace(const Attention& a, float* space) {
-    q = space;
-    out = q + kRows * a.dim;
-    k = out + kRows * a.v_dim;
+  ForwardSpace(const Attention& a, int64_t count, float* space) {
+    const int64_t padded = round_up(count, kTileLanes);
+    scores = space;
+    k = scores + kKeys * kTileLanes;
     v = k + kKeys * a.dim;
-    scores = v + kKeys * a.v_dim;
-    largest = scores + kKeys * kTileLanes;
-    sum = largest + kRows;
-    rows = sum + kRows;
+    q = v + kKeys * a.v_dim;
+    out = q + padded * a.dim;
+    largest = out + padded * a.v_dim;
+    sum = largest + padded;
+    rows = sum + padded;
   }
 };
 
-// Brings one tile of R vectors of rows, from row on, up to date with the keys [keys.begin,
-// keys.end), of which k and v hold the values from the first on.
+// Brings R vectors of rows, from row on, up to date with the keys [keys.begin, keys.end), of which k
+// and v hold the values from the first on.
 template <int R>
 void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, Range keys,
             const float* q, const float* k, const float* v, float* scores, float* out,
@@ -129,31 +134,37 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
       [&](int64_t d, int r, const Vec& x) { x.store(out + d * kTileLanes + r * kLanes); });
 }
 
-void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row, int64_t key,
-             int64_t key_end, const Partial* partial, float* workspace) {
-  const ForwardSpace space(a, workspace);
-  const int64_t count = min_of(kRows, a.groups * s.q_length - row);
+void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row, int64_t count,
+             int64_t key, int64_t key_end, const Partial* partial, float* workspace) {
+  const ForwardSpace space(a, count, workspace);
   load_transposed(a, s.q, kv_head, row, count, a.dim, score_factor(a), space.q, space.rows);
-  std::memset(space.out, 0, size_t(kRows * a.v_dim) * sizeof(float));
-  for (int64_t r = 0; r < kRows; ++r) {
+  const int64_t padded = round_up(count, kTileLanes);
+  std::memset(space.out, 0, size_t(padded * a.v_dim) * sizeof(float));
+  for (int64_t r = 0; r < padded; ++r) {
     space.largest[r] = -kInf;
     space.sum[r] = 0;
   }
 
   const Range range = intersection(seen_by_any(a, s, row, count), {key, key_end});
-  for (int64_t begin = range.begin; begin < range.end; begin += kKeys) {
-    const Range block = {begin, min_of(begin + kKeys, range.end)};
-    load_keys(a, s.k, kv_head, begin, block.end - begin, a.dim, space.k);
-    load_keys(a, s.v, kv_head, begin, block.end - begin, a.v_dim, space.v);
-    for (int64_t first = 0; first < count; first += kTileLanes) {
-      const int64_t here = min_of(kTileLanes, count - first);
+  for (int64_t begin = first_block(key, range, kKeys); begin < range.end; begin += kKeys) {
+    const Range block = intersection({begin, begin + kKeys}, range);
+    load_keys(a, s.k, kv_head, block.begin, block.end - block.begin, a.dim, space.k);
+    load_keys(a, s.v, kv_head, block.begin, block.end - block.begin, a.v_dim, space.v);
+    for (int64_t first = 0, step; first < count; first += step) {
+      const Range all = intersection(
+          seen_by_all(a, s, row + first, min_of(kTileLanes, count - first)), block);
+      const bool whole = all.end - all.begin == block.end - block.begin;
+      step = whole && first % kTileLanes == 0 ? kTileLanes : kMaskedLanes;
+      const int64_t here = min_of(step, count - first);
       const Range keys = intersection(seen_by_any(a, s, row + first, here), block);
       if (keys.begin == keys.end) continue;
+      const int64_t tile = first / kTileLanes * kTileLanes, lane = first - tile;
       with_vecs(round_up(here, kLanes) / kLanes, [&](auto vecs) {
-        attend<vecs>(a, s, row + first, here, keys, space.q + first * a.dim,
-                     space.k + (keys.begin - begin) * a.dim,
-                     space.v + (keys.begin - begin) * a.v_dim, space.scores,
-                     space.out + first * a.v_dim, space.largest + first, space.sum + first);
+        attend<vecs>(a, s, row + first, here, keys, space.q + tile * a.dim + lane,
+                     space.k + (keys.begin - block.begin) * a.dim,
+                     space.v + (keys.begin - block.begin) * a.v_dim, space.scores,
+                     space.out + tile * a.v_dim + lane, space.largest + first,
+                     space.sum + first);
       });
     }
   }
@@ -171,19 +182,18 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
   }
 }
 
-void combine(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row,
-             const Partial* partials, int64_t count, float* workspace) {
-  const int64_t rows = min_of(kRows, a.groups * s.q_length - row);
-  for (int64_t r = 0; r < rows; ++r) {
+void combine(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row, int64_t count,
+             const Partial* partials, int64_t num_partials, float* workspace) {
+  for (int64_t r = 0; r < count; ++r) {
     float largest = -kInf;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < num_partials; ++i) {
       const float x = partials[i].logsumexp[r];
       largest = x > largest ? x : largest;
     }
     const float shift = largest == -kInf ? 0 : largest;
     float sum = 0;
     for (int64_t d = 0; d < a.v_dim; ++d) workspace[d] = 0;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < num_partials; ++i) {
       const float weight = std::exp(partials[i].logsumexp[r] - shift);
       sum += weight;
       const float* out = partials[i].out + r * a.v_dim;

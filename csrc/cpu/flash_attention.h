@@ -5,10 +5,10 @@
 // row r of a key head is query r / G of head r % G among its G heads. Rows lie along the lanes of
 // vectors, so that the scores of one key are vectors, maxima and sums over keys are vector
 // operations, and every product is C += a B with a scalar `a` that is broadcast from packed keys
-// or values. Scores live in a block of kKeys by at most kRows that never leaves the cache.
+// or values. Scores live in a small block that never leaves the cache.
 //
-// Work is cut into tasks by the shapes alone. Each task has one writer and a fixed order of sums:
-// results are equal to the bit for any number of threads.
+// Work is cut into tasks. Each has one writer and a fixed order of sums, which depends on the
+// shapes and not on how rows are cut: results are equal to the bit for any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -53,24 +53,24 @@ struct SequenceGradients {
 };
 
 // The results of one range of keys, kept until those of the other ranges are there: an output and
-// a logsumexp as if there were no other keys, [kRows, v_dim] and [kRows].
+// a logsumexp as if there were no other keys, [count, v_dim] and [count].
 struct Partial {
   float* out;
   float* logsumexp;
 };
 
-constexpr int64_t kRows = 128;  // rows a task of the forward pass
+constexpr int64_t kRows = 64;  // a task of the forward pass begins at a multiple of these
 
 struct AttentionKernels {
-  // Attention of the rows [row, row + kRows) of a key head, over the keys [key, key_end). Writes
+  // Attention of the rows [row, row + count) of a key head, over the keys [key, key_end). Writes
   // out and logsumexp or, where there is one, the partial.
-  void (*forward)(const Attention&, const Sequence&, int64_t kv_head, int64_t row, int64_t key,
-                  int64_t key_end, const Partial* partial, float* workspace);
-  int64_t (*forward_workspace)(const Attention&);  // in floats
+  void (*forward)(const Attention&, const Sequence&, int64_t kv_head, int64_t row, int64_t count,
+                  int64_t key, int64_t key_end, const Partial* partial, float* workspace);
+  int64_t (*forward_workspace)(const Attention&, int64_t count);  // in floats
 
   // Writes out and logsumexp of the same rows from the partials of all ranges.
-  void (*combine)(const Attention&, const Sequence&, int64_t kv_head, int64_t row,
-                  const Partial* partials, int64_t count, float* workspace);
+  void (*combine)(const Attention&, const Sequence&, int64_t kv_head, int64_t row, int64_t count,
+                  const Partial* partials, int64_t num_partials, float* workspace);
 
   // Gradients by the keys [key, key_end) of a key head: writes dk and dv, and dq or, where there
   // is a buffer, [G * q_length, dim] fp32 of what these keys add to it.

@@ -17,7 +17,8 @@ constexpr int64_t kSide = 16;      // rows, and words a row, of a tile
 constexpr int64_t kDepth = 32;     // bf16 a row
 constexpr int64_t kKeys = 64;      // of a block of scores
 constexpr int64_t kGradRows = 64;  // rows of such a block in the backward pass
-static_assert(kLanes == kSide && kTileLanes == 2 * kSide);
+constexpr int64_t kPair = 2 * kSide;  // rows that are brought up to date together
+static_assert(kLanes == kSide);
 
 using Half = uint16_t;  // bf16
 using Word = uint32_t;  // a pair of them
@@ -194,31 +195,32 @@ struct ForwardSpace {
                            // [2, kKeys / 2, 16]
   Word* scratch;           // [16, v_width]
   float *scores, *out;     // [kKeys, 32], [tiles, v_width, 32]
-  float *largest, *sum;    // [kRows]
+  float *largest, *sum;    // [rows]
   float* row;              // [32, v_dim]
   int64_t size;            // in words
 
-  ForwardSpace(const Attention& a, float* workspace) {
+  ForwardSpace(const Attention& a, int64_t count, float* workspace) {
     Space space = {reinterpret_cast<Word*>(workspace)};
+    const int64_t padded = round_up(count, kPair);
     width = round_up(a.dim, kDepth);
     v_width = round_up(a.v_dim, kDepth);
     rows = space.halves(kDepth * max_of(width, v_width));
     k = space.halves(kKeys * width);
-    q = space.words(kRows * width / 2);
+    q = space.words(padded * width / 2);
     v = space.words(kKeys * v_width / 2);
     p = space.words(kKeys * kSide);
     scratch = space.words(kSide * v_width);
-    scores = space.floats(kKeys * kTileLanes);
-    out = space.floats(kRows * v_width);
-    largest = space.floats(kRows);
-    sum = space.floats(kRows);
-    row = space.floats(kTileLanes * a.v_dim);
+    scores = space.floats(kKeys * kPair);
+    out = space.floats(padded * v_width);
+    largest = space.floats(padded);
+    sum = space.floats(padded);
+    row = space.floats(kPair * a.v_dim);
     size = space.used;
   }
 };
 
-int64_t forward_workspace(const Attention& a) {
-  return max_of(ForwardSpace(a, nullptr).size, plain().forward_workspace(a));
+int64_t forward_workspace(const Attention& a, int64_t count) {
+  return max_of(ForwardSpace(a, count, nullptr).size, plain().forward_workspace(a, count));
 }
 
 // Brings one tile of 32 rows up to date with the keys of a block that it sees.
@@ -230,7 +232,7 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
   const Factor k = {space.k, 2 * width, kSide * 2 * width, 2 * kDepth};
   const Factor q = {space.q + first * width / 2, 64, width / 2 * 64, kSide * 64};
   for (int64_t h = half_begin; h < half_end; ++h) {
-    multiply_2x2(k, 2 * h, q, 0, width / kDepth, space.scores + h * kDepth * kTileLanes, kTileLanes,
+    multiply_2x2(k, 2 * h, q, 0, width / kDepth, space.scores + h * kDepth * kPair, kPair,
                  false);
   }
   const Range all = intersection(seen_by_all(a, s, row, count), keys);
@@ -246,7 +248,7 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
         j += all.end - all.begin - 1;
         continue;
       }
-      float* at = column + j * kTileLanes;
+      float* at = column + j * kPair;
       const bool seen_by_some = key >= keys.begin && key < keys.end;
       const Vec seen = seen_by_some ? sight.of(key) : Vec(0.f);
       Vec::blendv(Vec(-kInf), Vec::loadu(at), seen).store(at);
@@ -255,7 +257,7 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
     Vec top[4] = {before, before, before, before};
     for (int64_t j = half_begin * kDepth; j < half_end * kDepth; j += 4) {
       for (int i = 0; i < 4; ++i) {
-        top[i] = at::vec::clamp_min(top[i], Vec::loadu(column + (j + i) * kTileLanes));
+        top[i] = at::vec::clamp_min(top[i], Vec::loadu(column + (j + i) * kPair));
       }
     }
     const Vec now = at::vec::clamp_min(at::vec::clamp_min(top[0], top[1]),
@@ -266,7 +268,7 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
     for (int64_t j = half_begin * kDepth; j < half_end * kDepth; j += 2) {
       Vec pair[2];
       for (int i = 0; i < 2; ++i) {
-        pair[i] = exp2((Vec::loadu(column + (j + i) * kTileLanes) - shift) * factor_log2e);
+        pair[i] = exp2((Vec::loadu(column + (j + i) * kPair) - shift) * factor_log2e);
         total[i] = total[i] + pair[i];
       }
       _mm512_storeu_si512(p + j / 2 * kSide, paired(pair[0], pair[1]));
@@ -281,29 +283,28 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
   if (rescale) {
     for (int64_t d = 0; d < v_width; ++d) {
       for (int r = 0; r < 2; ++r) {
-        float* at = out + d * kTileLanes + r * kSide;
+        float* at = out + d * kPair + r * kSide;
         (Vec::loadu(at) * factor[r]).store(at);
       }
     }
   }
   const Factor v = {space.v + half_begin * v_width * kSide, 64, kSide * 64, v_width * 64};
   const Factor p = {space.p + half_begin * kSide * kSide, 64, kKeys / 2 * 64, kSide * 64};
-  multiply_all(v, p, v_width, kTileLanes, half_end - half_begin, out, kTileLanes, true);
+  multiply_all(v, p, v_width, kPair, half_end - half_begin, out, kPair, true);
 }
 
-void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row, int64_t key,
-             int64_t key_end, const Partial* partial, float* workspace) {
+void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row, int64_t count,
+             int64_t key, int64_t key_end, const Partial* partial, float* workspace) {
   if (!serves(a)) {
-    plain().forward(a, s, kv_head, row, key, key_end, partial, workspace);
+    plain().forward(a, s, kv_head, row, count, key, key_end, partial, workspace);
     return;
   }
   const Tiles tiles;
-  const ForwardSpace space(a, workspace);
+  const ForwardSpace space(a, count, workspace);
   const int64_t width = space.width, v_width = space.v_width;
-  const int64_t count = min_of(kRows, a.groups * s.q_length - row);
   // Scores are divided by |scale| here, so that q keeps its bits.
   const float scale = std::fabs(a.scale);
-  for (int64_t first = 0; first < count; first += kTileLanes) {
+  for (int64_t first = 0; first < count; first += kPair) {
     for (int64_t group = 0; group < 2; ++group) {
       for (int64_t i = 0; i < kSide; ++i) {
         const int64_t r = first + group * kSide + i;
@@ -317,18 +318,19 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
       pack_columns(space.rows, width, space.q + (first + group * kSide) * width / 2);
     }
   }
-  std::memset(space.out, 0, size_t(kRows * v_width) * sizeof(float));
-  for (int64_t r = 0; r < kRows; ++r) {
+  const int64_t padded = round_up(count, kPair);
+  std::memset(space.out, 0, size_t(padded * v_width) * sizeof(float));
+  for (int64_t r = 0; r < padded; ++r) {
     space.largest[r] = -kInf;
     space.sum[r] = 0;
   }
 
   const Range range = intersection(seen_by_any(a, s, row, count), {key, key_end});
-  for (int64_t begin = range.begin; begin < range.end; begin += kKeys) {
-    const Range block = {begin, min_of(begin + kKeys, range.end)};
+  for (int64_t begin = first_block(key, range, kKeys); begin < range.end; begin += kKeys) {
+    const Range block = intersection({begin, begin + kKeys}, range);
     for (int64_t j = 0; j < kKeys; ++j) {
       Half* to = space.k + j * width;
-      if (begin + j < block.end) {
+      if (begin + j >= block.begin && begin + j < block.end) {
         load_half(s.k.data, element(s.k, begin + j, kv_head), a.dim, width, false, to);
       } else {
         std::memset(to, 0, size_t(width) * sizeof(Half));
@@ -338,7 +340,7 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
       for (int64_t j = 0; j < kDepth; ++j) {
         Half* to = space.rows + j * v_width;
         const int64_t at = begin + h * kDepth + j;
-        if (at < block.end) {
+        if (at >= block.begin && at < block.end) {
           load_half(s.v.data, element(s.v, at, kv_head), a.v_dim, v_width, false, to);
         } else {
           std::memset(to, 0, size_t(v_width) * sizeof(Half));
@@ -346,29 +348,29 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
       }
       pack_transposed(space.rows, v_width, space.v + h * v_width * kSide, space.scratch);
     }
-    for (int64_t first = 0; first < count; first += kTileLanes) {
-      const int64_t here = min_of(kTileLanes, count - first);
+    for (int64_t first = 0; first < count; first += kPair) {
+      const int64_t here = min_of(kPair, count - first);
       const Range keys = intersection(seen_by_any(a, s, row + first, here), block);
       if (keys.begin < keys.end) attend(a, s, row + first, here, keys, begin, scale, space, first);
     }
   }
 
   for (int64_t r = 0; r < count; ++r) {
-    if (r % kTileLanes == 0) {
-      transpose(space.out + r * v_width, kTileLanes, a.v_dim, kTileLanes, 1, space.row, a.v_dim);
+    if (r % kPair == 0) {
+      transpose(space.out + r * v_width, kPair, a.v_dim, kPair, 1, space.row, a.v_dim);
     }
     const bool unseeing = space.sum[r] == 0;
     const float inverse = unseeing ? 0 : 1 / space.sum[r];
-    float* out = space.row + r % kTileLanes * a.v_dim;
+    float* out = space.row + r % kPair * a.v_dim;
     for (int64_t d = 0; d < a.v_dim; ++d) out[d] *= inverse;
     const float logsumexp = unseeing ? -kInf : space.largest[r] * scale + std::log(space.sum[r]);
     store_result(a, s, kv_head, row + r, out, logsumexp, partial, r);
   }
 }
 
-void combine(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row,
-             const Partial* partials, int64_t count, float* workspace) {
-  plain().combine(a, s, kv_head, row, partials, count, workspace);
+void combine(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row, int64_t count,
+             const Partial* partials, int64_t num_partials, float* workspace) {
+  plain().combine(a, s, kv_head, row, count, partials, num_partials, workspace);
 }
 
 // ---- Backward ----------------------------------------------------------------------------------

@@ -19,15 +19,18 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// A product is computed in tiles of kTileRows broadcast rows by kTileVecs vectors, which leave
-// registers for what is multiplied. Eight accumulators at least keep two FMA units with a latency
-// of four cycles busy.
+// A product is computed in tiles of tile_rows(R) broadcast rows by R vectors, up to kTileVecs, which
+// leave registers for what is multiplied. Eight accumulators at least keep two FMA units with a
+// latency of four cycles busy; more than that need fewer loads.
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
-constexpr int kTileRows = 8, kTileVecs = 2;  // 16 of 32 registers
+constexpr int kTileVecs = 4;
+constexpr int tile_rows(int vecs) { return vecs == 4 ? 6 : 8; }  // 24 of 32 registers at most
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kTileRows = 6, kTileVecs = 2;  // 12 of 16
+constexpr int kTileVecs = 2;
+constexpr int tile_rows(int vecs) { return vecs == 2 ? 6 : 8; }  // 12 of 16
 #else
-constexpr int kTileRows = 2, kTileVecs = 2;  // a vector takes two registers, of 16
+constexpr int kTileVecs = 2;  // a vector takes two registers, of 16
+constexpr int tile_rows(int vecs) { return 2; }
 #endif
 constexpr int64_t kTileLanes = kTileVecs * kLanes;
 
@@ -89,12 +92,13 @@ inline __attribute__((always_inline)) void panel_product(const float* a, int64_t
                                                          Finish finish) {
   const int64_t step = by == By::rows ? a_stride : 1;
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) {
-    tile_product<by, kTileRows, R>(
+  constexpr int M = tile_rows(R);
+  for (; i + M <= rows; i += M) {
+    tile_product<by, M, R>(
         a + i * step, a_stride, b, b_stride, depth, [&](int m, int r) { return start(i + m, r); },
         [&](int m, int r, const Vec& c) { finish(i + m, r, c); });
   }
-  last_rows<by, kTileRows - 1, R>(
+  last_rows<by, M - 1, R>(
       a + i * step, a_stride, b, b_stride, depth, rows - i,
       [&](int m, int r) { return start(i + m, r); },
       [&](int m, int r, const Vec& c) { finish(i + m, r, c); });
@@ -135,7 +139,9 @@ inline void transpose_block(const float* in, int64_t in_stride, float* out, int6
   Vec rows[2][n];
   for (int i = 0; i < n; ++i) rows[0][i] = Vec::loadu(in + i * in_stride) * Vec(factor);
   int side = 0;
+#pragma GCC unroll 4  // as is what is within: all of it stays in registers
   for (int step = 1; step < n; step *= 2, side = 1 - side) {
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) {
       const auto pair = at::vec::interleave2(rows[side][i], rows[side][i + half]);
       rows[1 - side][2 * i] = pair.first;

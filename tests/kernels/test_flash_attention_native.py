@@ -16,8 +16,8 @@ from t2i_kernels import native
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 
-# batch, Lq, Lk, heads, key heads, head_dim, of v. A task has 128 rows, a block 64 keys (and 64 rows
-# in the backward pass), a tile 8 to 32 rows; keys are cut from 1,024 on where tasks are few.
+# batch, Lq, Lk, heads, key heads, head_dim, of v. A task has a multiple of 64 rows, a block 64 keys
+# (and 64 rows in the backward pass), a tile 8 to 64 rows; few tasks are cut over 1,024 keys or so.
 SIZES = [
     (2, 64, 65, 4, 4, 64, 64),
     (1, 129, 129, 2, 1, 16, 16),
@@ -113,15 +113,17 @@ def test_packed_sequences_longer_than_tiles(capability, dtype):
         torch.testing.assert_close(value, torch.cat(parts, dim=1 if i == 1 else 0))
 
 
-@pytest.mark.parametrize("size", [SIZES[0], SIZES[-1], SIZES[4]])
+# Of the last one, tasks have 1,408, 704 and 512 rows.
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[-1], SIZES[4], (1, 700, 720, 8, 4, 16, 16)])
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[3]], ids=["causal", "window"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(capability, size, dtype):
+def test_same_bits_for_any_number_of_threads(capability, size, options, dtype):
     q, k, v = tensors(*size, dtype=dtype)
     dout, dlse = torch.randn(*q.shape[:-1], v.shape[-1]), None
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(differentiate(run("cpu"), q, k, v, dout, dlse, causal=True))
+        results.append(differentiate(run("cpu"), q, k, v, dout, dlse, **options))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

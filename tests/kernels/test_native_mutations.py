@@ -96,6 +96,12 @@ ATTENTION = {
     "mask off in backward": ("gradient = Vec::blendv(Vec(0.f), gradient, seen)", "", "oracle"),
     "dk of too few rows": ("a.right - offset, ", "a.right - offset + 1, ", "oracle"),
     "last part of dq dropped": ("i < count; ++i) sum +", "i + 1 < count; ++i) sum +", "oracle"),
+    "blocks follow the task's rows": (
+        "key + max_of(range.begin - key, 0) / block * block",
+        "max_of(range.begin, key)",
+        "threads and window",
+    ),
+    "part of a tile takes all": ("space.k + (keys.begin - block.begin)", "space.k + 0", "oracle"),
     "difference after the product": (
         "(score - from) * Vec(kLog2e)",
         "score * Vec(kLog2e) - from * Vec(1.4426f)",
