@@ -58,20 +58,19 @@ struct Packed {
   std::vector<float> half_norm, error_base, error_slope;
 
   // Of finite codes whose center and scale are known.
-  void fill(int64_t block, int64_t num_blocks, const int32_t* order) {
+  void fill(int64_t num_blocks, const int32_t* order) {
     const int64_t dim = book.dim;
-    book.block = block;
     book.num_blocks = num_blocks;
     book.order = order;
-    packed.reset(new float[num_blocks * dim * block]);
-    half_norm.resize(num_blocks * block);
+    packed.reset(new float[num_blocks * dim * kBlock]);
+    half_norm.resize(num_blocks * kBlock);
     error_base.resize(num_blocks);
     error_slope.resize(num_blocks);
     book.packed = packed.get();
     book.half_norm = half_norm.data();
     book.error_base = error_base.data();
     book.error_slope = error_slope.data();
-    torch::stable::parallel_for(0, num_blocks, kGrain / (8 * block * (dim + 1)) + 1,
+    torch::stable::parallel_for(0, num_blocks, kGrain / (8 * kBlock * (dim + 1)) + 1,
                                 [&](int64_t begin, int64_t end) {
                                   std::vector<double> workspace(dim);
                                   vq_kernels().pack(book, begin, end, workspace.data());
@@ -113,7 +112,7 @@ class Codebook {
   }
 
   Codebook(const float* codes, int64_t num_codes, int64_t dim, Metric metric) {
-    all_.book = {codes, num_codes, 0, 0, dim, metric};
+    all_.book = {codes, num_codes, 0, dim, metric};
     all_.center.resize(dim);
     all_.book.center = all_.center.data();
     const int64_t bad = vq_kernels().center(all_.book);
@@ -161,7 +160,7 @@ class Codebook {
 
   void search_all(const float* z, int64_t n, int64_t* indices, float* distance, FirstBad& bad) {
     std::call_once(all_once_, [&] {
-      all_.fill(kBlock, (all_.book.num_codes + kBlock - 1) / kBlock, nullptr);
+      all_.fill((all_.book.num_codes + kBlock - 1) / kBlock, nullptr);
     });
     const VqCodebook& book = all_.book;
     const VqKernels& kernels = vq_kernels();
@@ -187,10 +186,10 @@ class Codebook {
       }
     }
     tree_ = build_tree(points.data(), book.num_codes, book.dim, memory_);
-    leaves_.book = {book.codes, book.num_codes, 0, 0, book.dim, book.metric};
+    leaves_.book = {book.codes, book.num_codes, 0, book.dim, book.metric};
     leaves_.book.center = book.center;
     leaves_.book.scale = book.scale;
-    leaves_.fill(kLeafBlock, int64_t(memory_.order.size()) / kLeafBlock, memory_.order.data());
+    leaves_.fill(int64_t(memory_.order.size()) / kBlock, memory_.order.data());
   }
 
   // Returns false where boxes rule out too little, having searched for some of the vectors.

@@ -11,27 +11,41 @@ namespace t2i::cpu::CPU_CAPABILITY {
 namespace {
 
 // The scores held in registers: of up to kMaxVecs vectors of queries, one query a lane, by a few
-// codes.
-template <int R>
-constexpr int kCodes = R == 1 ? 8 : 4;
+// codes, whose coordinates are broadcast.
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
-constexpr int kMaxVecs = 4;  // 16 of 32 registers
+constexpr int kMaxVecs = 3, kCodes = 8;  // 24 of 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kMaxVecs = 2;  // 8 of 16
+constexpr int kMaxVecs = 3, kCodes = 4;  // 12 of 16
 #else
-constexpr int kMaxVecs = 1;  // at::vec has no intrinsics here, and two SSE registers a vector
+constexpr int kMaxVecs = 1, kCodes = 4;  // at::vec has no intrinsics here, and two SSE registers a vector
 #endif
-constexpr int64_t kPanel = 256;  // blocks whose minima are kept at a time
+constexpr int64_t kTileQueries = kMaxVecs * kLanes;
+constexpr int64_t kTileBytes = 36 << 10;   // of a tile's queries, where that leaves two vectors
+constexpr int64_t kShare = 192;            // queries that share what is loaded of the codebook
+constexpr int64_t kShareBytes = 256 << 10; // of it: half of a small second cache
+constexpr int64_t kPanel = 512;            // blocks whose minima are kept at a time
 
-static_assert(kQueries % (kMaxVecs * kLanes) == 0);
-static_assert(kBlock % kLeafBlock == 0 && kLeafBlock % kLanes == 0 && kWide % kLanes == 0);
+static_assert(kBlock % kLanes == 0 && kBlock % kCodes == 0 && kWide % kLanes == 0);
 
 // ---- Points ------------------------------------------------------------------------------------
 
+// The sum of term(j) for j below count, in an order that vectors of any length may take.
+template <typename Term>
+inline __attribute__((always_inline)) double sum_of(int64_t count, Term term) {
+  double sums[8] = {}, sum = 0;
+  int64_t j = 0;
+  for (; j + 8 <= count; j += 8) {
+    for (int64_t i = 0; i < 8; ++i) sums[i] += term(j + i);
+  }
+  for (; j < count; ++j) sum += term(j);
+  for (int64_t half = 4; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sum + sums[0];
+}
+
 double norm(const float* x, int64_t dim) {
-  double sum = 0;
-  for (int64_t j = 0; j < dim; ++j) sum += double(x[j]) * x[j];
-  return std::sqrt(sum);
+  return std::sqrt(sum_of(dim, [&](int64_t j) { return double(x[j]) * x[j]; }));
 }
 
 // x is its point times this. fp64 holds the squares of all fp32 values, subnormal or huge.
@@ -64,17 +78,18 @@ bool is_finite(const float* x, int64_t count) { return max_magnitude(x, count) <
 
 // The exact distance, as fp64 has it: squared l2 between the points, or 2 from the zero vector by
 // cosine.
-double distance_to_code(const VqCodebook& codebook, const double* point, int64_t k) {
-  const float* code = codebook.codes + k * codebook.dim;
-  const bool cosine = codebook.metric == Metric::cosine;
-  if (cosine && is_zero(code, codebook.dim)) return 2;
-  const double length = divisor(code, codebook.dim, codebook.metric);
-  double sum = 0;
-  for (int64_t j = 0; j < codebook.dim; ++j) {
-    const double difference = point[j] - (cosine ? code[j] / length : double(code[j]));
-    sum += difference * difference;
+inline double distance_to_code(const VqCodebook& codebook, int64_t dim, const double* point,
+                               int64_t k) {
+  const float* code = codebook.codes + k * dim;
+  if (codebook.metric == Metric::l2) {
+    return sum_of(dim, [&](int64_t j) { return (point[j] - code[j]) * (point[j] - code[j]); });
   }
-  return sum;
+  if (is_zero(code, dim)) return 2;
+  const double length = norm(code, dim);
+  return sum_of(dim, [&](int64_t j) {
+    const double difference = point[j] - code[j] / length;
+    return difference * difference;
+  });
 }
 
 // ---- The codebook ------------------------------------------------------------------------------
@@ -124,7 +139,7 @@ double error_gamma(int64_t dim) {
 // depend on how codes are packed.
 double measure_gamma(int64_t dim) { return double(dim + 4) * 0x1p-51; }
 
-float round_up(double x) { return float(x * (1 + 0x1p-20)); }
+float above(double x) { return float(x * (1 + 0x1p-20)); }
 
 void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point) {
   const int64_t dim = codebook.dim;
@@ -134,15 +149,14 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
   const double unit_error =
       codebook.metric == Metric::cosine ? double(dim + 8) * 0x1p-53 * scale : 0;
 
-  const int64_t block = codebook.block;
   for (int64_t b = begin; b < end; ++b) {
-    float* packed = codebook.packed + b * dim * block;
     double largest = 0;  // C^2
-    for (int64_t lane = 0; lane < block; ++lane) {
-      const int64_t k = code_at(codebook, b * block + lane);
+    for (int64_t lane = 0; lane < kBlock; ++lane) {
+      const int64_t k = code_at(codebook, b * kBlock + lane);
+      float* packed = codebook.packed + b * dim * kBlock + lane;
       if (k < 0) {
-        for (int64_t j = 0; j < dim; ++j) packed[j * block + lane] = 0;
-        codebook.half_norm[b * block + lane] = kInf;
+        for (int64_t j = 0; j < dim; ++j) packed[j * kBlock] = 0;
+        codebook.half_norm[b * kBlock + lane] = kInf;
         continue;
       }
       const float* code = codebook.codes + k * dim;
@@ -150,21 +164,21 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
       for (int64_t j = 0; j < dim; ++j) point[j] = (code[j] / length - codebook.center[j]) * scale;
       double norm2 = 0;
       for (int64_t j = 0; j < dim; ++j) {
-        packed[j * block + lane] = -float(point[j]);
+        packed[j * kBlock] = -float(point[j]);
         norm2 += point[j] * point[j];
       }
       // cos = 0 is the score of a point at right angles, which is as long as the others.
       if (codebook.metric == Metric::cosine && is_zero(code, dim)) norm2 += scale * scale;
-      codebook.half_norm[b * block + lane] = float(norm2 / 2);
+      codebook.half_norm[b * kBlock + lane] = float(norm2 / 2);
       largest = norm2 > largest ? norm2 : largest;
     }
     if (gamma < 1) {
       const double radius = std::sqrt(largest);
       // The constants are for underflow, at most 2^-126 |z_i| a product: |z_i| <= 2^60, see below.
       codebook.error_base[b] =
-          round_up((gamma / 2 + measure_gamma(dim)) * largest + 2 * unit_error * radius +
+          above((gamma / 2 + measure_gamma(dim)) * largest + 2 * unit_error * radius +
                    double(dim + 1) * 0x1p-60);
-      codebook.error_slope[b] = round_up(gamma * radius + unit_error + 0x1p-100);
+      codebook.error_slope[b] = above(gamma * radius + unit_error + 0x1p-100);
     } else {  // every code is measured; still finite, so that -inf stays below all
       codebook.error_base[b] = 0x1p126f;
       codebook.error_slope[b] = 1;
@@ -174,122 +188,65 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
 
 // ---- The search --------------------------------------------------------------------------------
 
-// The workspace of search(), for a tile of up to kMaxVecs * kLanes queries; width is that number
-// rounded up to lanes.
-struct Tile {
-  double* points;  // [width, dim]
-  double best[kQueries];
-  int64_t index[kQueries];
-  float norms[kQueries];  // of the scaled queries; inf: nothing can be said about its scores
-  float slack[kQueries];  // measure_gamma times their squares
-  float upper[kQueries];  // bound on the best true score; -inf: there is nothing to search for
-  float* queries;         // [dim, width], scaled
-  float* minima;          // [kPanel, width]
-  int64_t width;
+// The nearest code that was measured.
+struct Nearest {
+  double distance = std::numeric_limits<double>::infinity();
+  int64_t code = 0;
 };
 
-// Loads count queries: the vectors of z from first on, or those that rows names. Returns the first
-// that holds NaN or inf, or -1.
-int64_t load_queries(const VqCodebook& codebook, const float* z, const int32_t* rows,
-                     int64_t first, int64_t count, Tile& tile) {
-  const int64_t dim = codebook.dim;
-  int64_t bad = -1;
-  for (int64_t q = 0; q < tile.width; ++q) {
-    tile.index[q] = 0;
-    tile.best[q] = std::numeric_limits<double>::infinity();
-    tile.norms[q] = 0;
-    tile.slack[q] = 0;
-    tile.upper[q] = -kInf;
-    for (int64_t j = 0; j < dim; ++j) tile.queries[j * tile.width + q] = 0;
-    if (q >= count) continue;
+// A vector to search for.
+struct Query {
+  float norm = 0;       // when scaled; inf: nothing can be said about its scores
+  float slack = 0;      // measure_gamma times its square
+  float upper = -kInf;  // bound on the best true score; -inf: there is nothing to search for
+  Nearest nearest;
+  bool finite = true;
+};
 
-    const int64_t n = rows ? rows[first + q] : first + q;
-    const float* row = z + n * dim;
-    if (!is_finite(row, dim)) {
-      if (bad < 0 || n < bad) bad = n;
-      continue;
+// Writes its point and, scaled, x: 0 where there is nothing to search for.
+inline __attribute__((always_inline)) Query load_query(const VqCodebook& codebook, int64_t dim,
+                                                       const float* row, double* point,
+                                                       float* x) {
+  Query query;
+  for (int64_t j = 0; j < dim; ++j) x[j] = 0;
+  query.finite = is_finite(row, dim);
+  if (!query.finite) return query;
+  double length = 1;
+  if (codebook.metric == Metric::cosine) {
+    if (is_zero(row, dim)) {
+      query.nearest.distance = 2;  // from every code
+      return query;
     }
-    if (codebook.metric == Metric::cosine && is_zero(row, dim)) {
-      tile.best[q] = 2;  // from every code
-      continue;
-    }
-    tile.upper[q] = kInf;
-    double* point = tile.points + q * dim;
-    const double length = divisor(row, dim, codebook.metric);
-    double norm2 = 0, largest = 0;
-    for (int64_t j = 0; j < dim; ++j) {
-      point[j] = codebook.metric == Metric::l2 ? row[j] : row[j] / length;
-      const double scaled = (point[j] - codebook.center[j]) * codebook.scale;
-      norm2 += scaled * scaled;
-      largest = std::fabs(scaled) > largest ? std::fabs(scaled) : largest;
-      tile.queries[j * tile.width + q] = float(scaled);
-    }
-    if (largest <= 0x1p60) {
-      tile.norms[q] = round_up(std::sqrt(norm2));
-      tile.slack[q] = round_up(measure_gamma(dim) * norm2);
-    } else {  // 2^29 times farther away than the codebook is wide: scores could overflow
-      tile.norms[q] = kInf;
-      for (int64_t j = 0; j < dim; ++j) tile.queries[j * tile.width + q] = 0;
-    }
+    length = norm(row, dim);
   }
-  return bad;
+  query.upper = kInf;
+  const bool whole = codebook.metric == Metric::l2;
+  for (int64_t j = 0; j < dim; ++j) point[j] = whole ? double(row[j]) : row[j] / length;
+  const double norm2 = sum_of(dim, [&](int64_t j) {
+    const double scaled = (point[j] - codebook.center[j]) * codebook.scale;
+    x[j] = float(scaled);
+    return scaled * scaled;
+  });
+  if (norm2 <= 0x1p120) {
+    query.norm = above(std::sqrt(norm2));
+    query.slack = above(measure_gamma(dim) * norm2);
+  } else {  // 2^29 times farther away than the codebook is wide: scores could overflow
+    query.norm = kInf;
+    for (int64_t j = 0; j < dim; ++j) x[j] = 0;
+  }
+  return query;
 }
 
-// Blocks of codes: all of them in order, or those of a list.
-struct Blocks {
-  const int32_t* list;  // or null
-  int64_t count;
-
-  int64_t operator[](int64_t i) const { return list ? list[i] : i; }
-};
-
-// Scores the queries of R vectors against blocks [begin, end): lowers upper and, unless it is null,
-// writes minima.
-template <int R>
-void score_blocks(const VqCodebook& codebook, Blocks blocks, int64_t begin, int64_t end, Tile& tile,
-                  float* minima) {
-  const int64_t dim = codebook.dim, block = codebook.block;
-  constexpr int64_t width = R * kLanes;
-  constexpr int C = kCodes<R>;
-  Vec norms[R], slack[R], upper[R];
-  for (int r = 0; r < R; ++r) {
-    norms[r] = Vec::loadu(tile.norms + r * kLanes);
-    slack[r] = Vec::loadu(tile.slack + r * kLanes);
-    upper[r] = Vec::loadu(tile.upper + r * kLanes);
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = blocks[i];
-    const float* half_norm = codebook.half_norm + b * block;
-    Vec lowest[R];
-    for (int r = 0; r < R; ++r) lowest[r] = Vec(kInf);
-    for (int64_t c = 0; c < block; c += C) {
-      Vec score[C][R];
-      for (int k = 0; k < C; ++k) {
-        for (int r = 0; r < R; ++r) score[k][r] = Vec(half_norm[c + k]);
-      }
-      const float* codes = codebook.packed + b * dim * block + c;
-      const float* queries = tile.queries;
-      for (int64_t j = 0; j < dim; ++j, codes += block, queries += width) {
-        Vec query[R];
-        for (int r = 0; r < R; ++r) query[r] = Vec::loadu(queries + r * kLanes);
-        for (int k = 0; k < C; ++k) {
-          const Vec code(codes[k]);
-          for (int r = 0; r < R; ++r) score[k][r] = at::vec::fmadd(code, query[r], score[k][r]);
-        }
-      }
-      for (int k = 0; k < C; ++k) {
-        // One instruction, unlike at::vec::minimum, which also looks for NaN: there is none.
-        for (int r = 0; r < R; ++r) lowest[r] = at::vec::clamp_max(score[k][r], lowest[r]);
-      }
-    }
-    const Vec base(codebook.error_base[b]), slope(codebook.error_slope[b]);
-    for (int r = 0; r < R; ++r) {
-      if (minima) lowest[r].store(minima + (i - begin) * width + r * kLanes);
-      const Vec error = at::vec::fmadd(norms[r], slope, base) + slack[r];
-      upper[r] = at::vec::clamp_max(lowest[r] + error, upper[r]);
-    }
-  }
-  for (int r = 0; r < R; ++r) upper[r].store(tile.upper + r * kLanes);
+// Measures the code at a place; whether it is the nearest so far. The lowest index keeps a tie.
+inline bool measure_code(const VqCodebook& codebook, int64_t dim, int64_t place,
+                         const double* point, Nearest& nearest) {
+  const int64_t k = code_at(codebook, place);
+  if (k < 0) return false;
+  const double distance = distance_to_code(codebook, dim, point, k);
+  const bool nearer = distance < nearest.distance ||
+                      (distance == nearest.distance && k < nearest.code);
+  if (nearer) nearest = {distance, k};
+  return nearer;
 }
 
 // Bits of the lanes where a <= b.
@@ -302,98 +259,207 @@ unsigned lanes_lt(const Vec& a, const Vec& b) {
   return ~unsigned((a < b).zero_mask()) & unsigned((uint64_t(1) << kLanes) - 1);
 }
 
-// Measures the code at a place; whether it is the nearest of query q so far. The lowest index keeps
-// a tie.
-bool measure_code(const VqCodebook& codebook, int64_t place, int64_t q, Tile& tile) {
-  const int64_t k = code_at(codebook, place);
-  if (k < 0) return false;
-  const double distance = distance_to_code(codebook, tile.points + q * codebook.dim, k);
-  const bool nearer = distance < tile.best[q] || (distance == tile.best[q] && k < tile.index[q]);
-  if (nearer) {
-    tile.best[q] = distance;
-    tile.index[q] = k;
+// ---- All codes ---------------------------------------------------------------------------------
+
+// Up to kTileQueries queries; width is their number rounded up to lanes.
+struct Tile {
+  double* points;  // [width, dim]
+  float* queries;  // [dim, width], scaled
+  float* minima;   // [kPanel, width]
+  int64_t width;
+  Nearest nearest[kTileQueries];
+  float norms[kTileQueries], slack[kTileQueries], upper[kTileQueries];  // of queries
+};
+
+// Loads the vectors [first, first + count) of z. Returns the first that holds NaN or inf, or -1.
+// scratch: [kLanes, dim].
+int64_t load_queries(const VqCodebook& codebook, const float* z, int64_t first, int64_t count,
+                     Tile& tile, float* scratch) {
+  const int64_t dim = codebook.dim;
+  int64_t bad = -1;
+  for (int64_t q = 0; q < tile.width; ++q) {
+    float* x = scratch + q % kLanes * dim;
+    Query query;
+    if (q < count) {
+      query = load_query(codebook, dim, z + (first + q) * dim, tile.points + q * dim, x);
+      if (!query.finite && bad < 0) bad = first + q;
+    } else {
+      for (int64_t j = 0; j < dim; ++j) x[j] = 0;
+    }
+    tile.nearest[q] = query.nearest;
+    tile.norms[q] = query.norm;
+    tile.slack[q] = query.slack;
+    tile.upper[q] = query.upper;
+    if (q % kLanes == kLanes - 1) {
+      transpose(scratch, dim, kLanes, dim, 1, tile.queries + q + 1 - kLanes, tile.width);
+    }
   }
-  return nearer;
+  return bad;
+}
+
+// Scores the queries of R vectors against blocks [begin, end): lowers upper and writes minima.
+template <int R>
+void score_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& tile,
+                  float* minima) {
+  const int64_t dim = codebook.dim;
+  constexpr int64_t width = R * kLanes;
+  Vec norms[R], slack[R], upper[R];
+  for (int r = 0; r < R; ++r) {
+    norms[r] = Vec::loadu(tile.norms + r * kLanes);
+    slack[r] = Vec::loadu(tile.slack + r * kLanes);
+    upper[r] = Vec::loadu(tile.upper + r * kLanes);
+  }
+  for (int64_t b = begin; b < end; ++b, minima += width) {
+    Vec lowest[R];
+    for (int r = 0; r < R; ++r) lowest[r] = Vec(kInf);
+    for (int64_t c = 0; c < kBlock; c += kCodes) {
+      const float* half_norm = codebook.half_norm + b * kBlock + c;
+      const float* codes = codebook.packed + b * dim * kBlock + c;
+      const float* queries = tile.queries;
+      Vec score[kCodes][R];
+      for (int k = 0; k < kCodes; ++k) {
+        for (int r = 0; r < R; ++r) score[k][r] = Vec(half_norm[k]);
+      }
+      for (int64_t j = 0; j < dim; ++j, codes += kBlock, queries += width) {
+        Vec query[R];
+        for (int r = 0; r < R; ++r) query[r] = Vec::loadu(queries + r * kLanes);
+        for (int k = 0; k < kCodes; ++k) {
+          const Vec code(codes[k]);
+          for (int r = 0; r < R; ++r) score[k][r] = at::vec::fmadd(code, query[r], score[k][r]);
+        }
+      }
+      for (int k = 0; k < kCodes; ++k) {
+        // One instruction, unlike at::vec::minimum, which also looks for NaN: there is none.
+        for (int r = 0; r < R; ++r) lowest[r] = at::vec::clamp_max(score[k][r], lowest[r]);
+      }
+    }
+    const Vec base(codebook.error_base[b]), slope(codebook.error_slope[b]);
+    for (int r = 0; r < R; ++r) {
+      lowest[r].store(minima + r * kLanes);
+      const Vec error = at::vec::fmadd(norms[r], slope, base) + slack[r];
+      upper[r] = at::vec::clamp_max(lowest[r] + error, upper[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) upper[r].store(tile.upper + r * kLanes);
 }
 
 // Measures the codes of block b that may be the nearest of query q.
-void measure_block(const VqCodebook& codebook, int64_t b, int64_t q, Tile& tile) {
-  const int64_t dim = codebook.dim, block = codebook.block;
+__attribute__((noinline)) void measure_block(const VqCodebook& codebook, int64_t b, int64_t q,
+                                             Tile& tile) {
+  constexpr int kVecs = kBlock / kLanes;
+  constexpr int kSums = kVecs < 4 ? 4 / kVecs : 1;  // a code, of every kSums'th dimension
+  const int64_t dim = codebook.dim, width = tile.width;
+  Vec sums[kSums][kVecs], score[kVecs];
+  for (int i = 0; i < kVecs; ++i) {
+    for (int s = 0; s < kSums; ++s) sums[s][i] = Vec(0.f);
+    score[i] = Vec::loadu(codebook.half_norm + b * kBlock + i * kLanes);
+  }
+  const float *codes = codebook.packed + b * kBlock * dim, *x = tile.queries + q;
+  const auto add = [&](int64_t j, int s) __attribute__((always_inline)) {
+    const Vec query(x[j * width]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) {
+      sums[s][i] = at::vec::fmadd(Vec::loadu(codes + j * kBlock + i * kLanes), query, sums[s][i]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + kSums <= dim; j += kSums) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSums; ++s) add(j + s, s);
+  }
+  for (; j < dim; ++j) add(j, 0);
+  for (int i = 0; i < kVecs; ++i) {
+    for (int s = 0; s < kSums; ++s) score[i] = score[i] + sums[s][i];
+  }
   const Vec error(codebook.error_base[b] + tile.norms[q] * codebook.error_slope[b] +
                   tile.slack[q]);
-  const Vec upper(tile.upper[q]);
-  for (int64_t c = 0; c < block; c += kLanes) {
-    Vec score = Vec::loadu(codebook.half_norm + b * block + c);
-    const float* codes = codebook.packed + b * dim * block + c;
-    for (int64_t j = 0; j < dim; ++j) {
-      const Vec query(tile.queries[j * tile.width + q]);
-      score = at::vec::fmadd(Vec::loadu(codes + j * block), query, score);
-    }
-    for (unsigned lanes = lanes_le(score - error, upper); lanes; lanes &= lanes - 1) {
-      measure_code(codebook, b * block + c + __builtin_ctz(lanes), q, tile);
+  for (int i = 0; i < kVecs; ++i) {
+    unsigned lanes = lanes_le(score[i] - error, Vec(tile.upper[q]));
+    for (; lanes; lanes &= lanes - 1) {
+      const int64_t place = b * kBlock + i * kLanes + __builtin_ctz(lanes);
+      measure_code(codebook, dim, place, tile.points + q * dim, tile.nearest[q]);
     }
   }
 }
 
 // Measures what the blocks [begin, end), whose minima are there, may hold.
-template <int R>
-void measure_blocks(const VqCodebook& codebook, Blocks blocks, int64_t begin, int64_t end,
-                    Tile& tile) {
-  constexpr int64_t width = R * kLanes;
-  for (int r = 0; r < R; ++r) {
-    const Vec norms = Vec::loadu(tile.norms + r * kLanes);
-    const Vec slack = Vec::loadu(tile.slack + r * kLanes);
-    const Vec upper = Vec::loadu(tile.upper + r * kLanes);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = blocks[i];
+void measure_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& tile) {
+  for (int64_t first = 0; first < tile.width; first += kLanes) {
+    const Vec norms = Vec::loadu(tile.norms + first);
+    const Vec slack = Vec::loadu(tile.slack + first);
+    const Vec upper = Vec::loadu(tile.upper + first);
+    for (int64_t b = begin; b < end; ++b) {
       const Vec error =
           at::vec::fmadd(norms, Vec(codebook.error_slope[b]), Vec(codebook.error_base[b])) + slack;
-      const Vec lowest = Vec::loadu(tile.minima + (i - begin) * width + r * kLanes);
+      const Vec lowest = Vec::loadu(tile.minima + (b - begin) * tile.width + first);
       for (unsigned lanes = lanes_le(lowest - error, upper); lanes; lanes &= lanes - 1) {
-        measure_block(codebook, b, r * kLanes + __builtin_ctz(lanes), tile);
+        measure_block(codebook, b, first + __builtin_ctz(lanes), tile);
       }
     }
   }
 }
 
-template <int R>
-void search_blocks(const VqCodebook& codebook, Blocks blocks, Tile& tile) {
-  for (int64_t begin = 0; begin < blocks.count; begin += kPanel) {
-    const int64_t end = min_of(begin + kPanel, blocks.count);
-    score_blocks<R>(codebook, blocks, begin, end, tile, tile.minima);
-    measure_blocks<R>(codebook, blocks, begin, end, tile);
-  }
+// In doubles, of a tile.
+int64_t tile_workspace(int64_t dim) {
+  return kTileQueries * dim + (kTileQueries * dim + kTileQueries * kPanel) / 2;
 }
 
-Tile tile_in(const VqCodebook& codebook, double* workspace) {
-  Tile tile;
+void place_tile(int64_t dim, double* workspace, Tile& tile) {
   tile.points = workspace;
-  tile.queries = reinterpret_cast<float*>(workspace + kQueries * codebook.dim);
-  tile.minima = tile.queries + kQueries * codebook.dim;
-  return tile;
+  tile.queries = reinterpret_cast<float*>(workspace + kTileQueries * dim);
+  tile.minima = tile.queries + kTileQueries * dim;
 }
+
+constexpr int64_t kMaxTiles = kShare / min_of(kTileQueries, 2 * kLanes);
+static_assert(kShare % kTileQueries == 0 && kShare % (2 * kLanes) == 0);
 
 int64_t search_workspace(const VqCodebook& codebook) {
-  return kQueries * codebook.dim + (kQueries * codebook.dim + kQueries * kPanel) / 2;
+  return kMaxTiles * tile_workspace(codebook.dim) + kLanes * codebook.dim / 2 + 1;
 }
 
 int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin, int64_t end,
                int64_t* indices, float* distance, double* workspace) {
+  const int64_t dim = codebook.dim, stop = min_of(end * kQueries, n);
+  // A tile's queries stay in the first cache, the blocks that tiles share in the second.
+  const int64_t row_bytes = max_of(dim, 1) * int64_t(sizeof(float));
+  const bool fits = kTileQueries * row_bytes <= kTileBytes;
+  const int64_t tile_queries = fits ? kTileQueries : min_of(kTileQueries, 2 * kLanes);
+  const int64_t step = max_of(kShareBytes / (kBlock * row_bytes), 1);
   int64_t bad = -1;
-  Tile tile = tile_in(codebook, workspace);
-  const Blocks blocks = {nullptr, codebook.num_blocks};
-  const int64_t stop = end * kQueries < n ? end * kQueries : n;
-  for (int64_t first = begin * kQueries; first < stop; first += kMaxVecs * kLanes) {
-    const int64_t left = stop - first;
-    const int64_t count = left < kMaxVecs * kLanes ? left : kMaxVecs * kLanes;
-    const int64_t vecs = (count + kLanes - 1) / kLanes;
-    tile.width = vecs * kLanes;
-    const int64_t bad_here = load_queries(codebook, z, nullptr, first, count, tile);
-    if (bad < 0) bad = bad_here;
-    with_vecs<kMaxVecs>(vecs, [&](auto R) { search_blocks<R>(codebook, blocks, tile); });
+  Tile tiles[kMaxTiles];
+  for (int64_t t = 0; t < kMaxTiles; ++t) {
+    place_tile(dim, workspace + t * tile_workspace(dim), tiles[t]);
+  }
+  float* scratch = reinterpret_cast<float*>(workspace + kMaxTiles * tile_workspace(dim));
+  for (int64_t first = begin * kQueries, count; first < stop; first += count) {
+    count = min_of(stop - first, kShare);
+    const int64_t num_tiles = (count + tile_queries - 1) / tile_queries;
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      const int64_t here = min_of(count - t * tile_queries, tile_queries);
+      tiles[t].width = round_up(here, kLanes);
+      const int64_t bad_here =
+          load_queries(codebook, z, first + t * tile_queries, here, tiles[t], scratch);
+      if (bad < 0) bad = bad_here;
+    }
+    for (int64_t panel = 0; panel < codebook.num_blocks; panel += kPanel) {
+      const int64_t panel_end = min_of(panel + kPanel, codebook.num_blocks);
+      for (int64_t b = panel; b < panel_end; b += step) {
+        const int64_t b_end = min_of(b + step, panel_end);
+        for (int64_t t = 0; t < num_tiles; ++t) {
+          Tile& tile = tiles[t];
+          with_vecs<kMaxVecs>(tile.width / kLanes, [&](auto R) {
+            score_blocks<R>(codebook, b, b_end, tile, tile.minima + (b - panel) * tile.width);
+          });
+        }
+      }
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        measure_blocks(codebook, panel, panel_end, tiles[t]);
+      }
+    }
     for (int64_t q = 0; q < count; ++q) {
-      indices[first + q] = tile.index[q];
-      if (distance) distance[first + q] = float(tile.best[q]);
+      const Nearest& nearest = tiles[q / tile_queries].nearest[q % tile_queries];
+      indices[first + q] = nearest.code;
+      if (distance) distance[first + q] = float(nearest.distance);
     }
   }
   return bad;
@@ -428,18 +494,6 @@ void route(const VqCodebook& codebook, const VqTree& tree, const float* z, int64
   }
 }
 
-// One of a tile's queries, and what is known about it.
-struct Query {
-  float x[kMaxTreeDim];  // scaled
-  float norm, slack;
-  float upper;  // bound on the best true score
-
-  // The error of its scores in block b.
-  float error(const VqCodebook& codebook, int64_t b) const {
-    return codebook.error_base[b] + norm * codebook.error_slope[b] + slack;
-  }
-};
-
 // A bound on the squared distance of a query to its nearest code, against which its distances to
 // boxes may be compared.
 //
@@ -457,9 +511,9 @@ float radius2_of(const VqTree& tree, const Query& query) {
 
 // The leaves that were scored, until it is known which of their codes to measure.
 struct Scored {
-  static constexpr int64_t kMost = kQueries * kPanel / kLeafBlock;
+  static constexpr int64_t kMost = 1024;
   int32_t* block;  // [kMost]
-  float* scores;   // [kMost, kLeafBlock]
+  float* scores;   // [kMost, kBlock]
   int64_t count = 0;
 };
 
@@ -468,28 +522,37 @@ template <int D>
 struct TreeSearch {
   const VqCodebook& codebook;
   const VqTree& tree;
-  Tile& tile;
   Scored scored;
   int32_t *groups, *next;  // [num_blocks] each
   int64_t total = 0;       // leaves scored
 
+  // Of the vector that is searched for.
+  Query query = {};
+  double point[kMaxTreeDim];
+  float x[kMaxTreeDim];
+
   int64_t dim() const { return D ? D : codebook.dim; }
 
+  // The error of its scores in leaf b.
+  float error(int64_t b) const {
+    return codebook.error_base[b] + query.norm * codebook.error_slope[b] + query.slack;
+  }
+
   // Scores the codes of a leaf; whether that lowered upper.
-  bool score(Query& query, int64_t b) {
-    const float* codes = codebook.packed + b * dim() * kLeafBlock;
-    float* out = scored.scores + scored.count * kLeafBlock;
+  bool score(int64_t b) {
+    const float* codes = codebook.packed + b * dim() * kBlock;
+    float* out = scored.scores + scored.count * kBlock;
     Vec lowest(kInf);
-    for (int64_t c = 0; c < kLeafBlock; c += kLanes) {
-      Vec score = Vec::loadu(codebook.half_norm + b * kLeafBlock + c);
+    for (int64_t c = 0; c < kBlock; c += kLanes) {
+      Vec score = Vec::loadu(codebook.half_norm + b * kBlock + c);
       for (int64_t j = 0; j < dim(); ++j) {
-        score = at::vec::fmadd(Vec::loadu(codes + j * kLeafBlock + c), Vec(query.x[j]), score);
+        score = at::vec::fmadd(Vec::loadu(codes + j * kBlock + c), Vec(x[j]), score);
       }
       score.store(out + c);
       lowest = at::vec::clamp_max(score, lowest);
     }
     scored.block[scored.count++] = int32_t(b);
-    const Vec bounds = lowest + Vec(query.error(codebook, b));
+    const Vec bounds = lowest + Vec(error(b));
     if (!lanes_lt(bounds, Vec(query.upper))) return false;
     float lanes[kLanes];
     bounds.store(lanes);
@@ -497,19 +560,19 @@ struct TreeSearch {
     return true;
   }
 
-  // Measures, for query q of the tile, what may be nearest among the codes scored. Returns the leaf
-  // of the best, or -1 if that is from before.
-  int64_t measure(const Query& query, int64_t q) {
+  // Measures what may be nearest among the codes scored. Returns the leaf of the best, or -1 if that
+  // is from before.
+  int64_t measure() {
     int64_t best = -1;
     for (int64_t i = 0; i < scored.count; ++i) {
       const int64_t b = scored.block[i];
-      const Vec error(query.error(codebook, b));
-      for (int64_t c = 0; c < kLeafBlock; c += kLanes) {
-        const Vec score = Vec::loadu(scored.scores + i * kLeafBlock + c);
-        unsigned lanes = lanes_le(score - error, Vec(query.upper));
+      const Vec off(error(b));
+      for (int64_t c = 0; c < kBlock; c += kLanes) {
+        const Vec score = Vec::loadu(scored.scores + i * kBlock + c);
+        unsigned lanes = lanes_le(score - off, Vec(query.upper));
         for (; lanes; lanes &= lanes - 1) {
-          const int64_t place = b * kLeafBlock + c + __builtin_ctz(lanes);
-          if (measure_code(codebook, place, q, tile)) best = b;
+          const int64_t place = b * kBlock + c + __builtin_ctz(lanes);
+          if (measure_code(codebook, dim(), place, point, query.nearest)) best = b;
         }
       }
     }
@@ -519,29 +582,24 @@ struct TreeSearch {
   }
 
   // Squared distances of a point to kLanes boxes.
-  Vec distance2(const Query& query, const float* group) const {
+  Vec distance2(const float* group) const {
     Vec sum(0.f);
     for (int64_t j = 0; j < dim(); ++j) {
-      const Vec x(query.x[j]);
-      const Vec below = Vec::loadu(group + j * kWide) - x;
-      const Vec above = x - Vec::loadu(group + (dim() + j) * kWide);
+      const Vec at(x[j]);
+      const Vec below = Vec::loadu(group + j * kWide) - at;
+      const Vec above = at - Vec::loadu(group + (dim() + j) * kWide);
       const Vec gap = at::vec::clamp_min(at::vec::clamp_min(below, above), Vec(0.f));
       sum = at::vec::fmadd(gap, gap, sum);
     }
     return sum;
   }
 
-  // Searches the leaves that query q may have its nearest code in: first the one that it falls
+  // Searches the leaves that the query may have its nearest code in: first the one that it falls
   // into and that where a neighbour found its own, which make the radius small. Returns the leaf of
   // the nearest code.
-  int64_t search(int64_t q, int64_t home, int64_t neighbour) {
-    Query query;
-    for (int64_t j = 0; j < dim(); ++j) query.x[j] = tile.queries[j * tile.width + q];
-    query.norm = tile.norms[q];
-    query.slack = tile.slack[q];
-    query.upper = tile.upper[q];
-    score(query, home);
-    if (neighbour >= 0 && neighbour != home) score(query, neighbour);
+  int64_t search(int64_t home, int64_t neighbour) {
+    score(home);
+    if (neighbour >= 0 && neighbour != home) score(neighbour);
     float radius2 = radius2_of(tree, query);
 
     // Down to the groups of leaves, then leaf by leaf.
@@ -552,7 +610,7 @@ struct TreeSearch {
       for (int64_t i = 0; i < count; ++i) {
         for (int64_t lane = 0; lane < kWide; lane += kLanes) {
           const int64_t first = int64_t(groups[i]) * kWide;
-          const Vec distances = distance2(query, tree.boxes[l] + first * 2 * dim() + lane);
+          const Vec distances = distance2(tree.boxes[l] + first * 2 * dim() + lane);
           for (unsigned near = lanes_le(distances, Vec(radius2)); near; near &= near - 1) {
             next[children++] = int32_t(first + lane + __builtin_ctz(near));
           }
@@ -567,57 +625,52 @@ struct TreeSearch {
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t lane = 0; lane < kWide; lane += kLanes) {
         const int64_t first = int64_t(groups[i]) * kWide;
-        const Vec distances = distance2(query, boxes + first * 2 * dim() + lane);
+        const Vec distances = distance2(boxes + first * 2 * dim() + lane);
         unsigned near = lanes_le(distances, Vec(radius2));
         while (near) {
           const int64_t leaf = first + lane + __builtin_ctz(near);
           near &= near - 1;
           if (leaf == home || leaf == neighbour) continue;
-          if (score(query, leaf)) {
+          if (score(leaf)) {
             radius2 = radius2_of(tree, query);
             near &= lanes_le(distances, Vec(radius2));
           }
           if (scored.count == Scored::kMost) {
-            const int64_t better = measure(query, q);
+            const int64_t better = measure();
             best = better >= 0 ? better : best;
           }
         }
       }
     }
-    const int64_t better = measure(query, q);
+    const int64_t better = measure();
     return better >= 0 ? better : best;
   }
 };
 
 int64_t search_tree_workspace(const VqCodebook& codebook) {
-  return search_workspace(codebook) + codebook.num_blocks + Scored::kMost;
+  return (Scored::kMost * (kBlock + 1) + 2 * codebook.num_blocks) / 2;
 }
 
 int64_t search_tree(const VqCodebook& codebook, const VqTree& tree, const float* z,
                     const int32_t* rows, const int32_t* leaves, int64_t begin, int64_t end,
                     int64_t* indices, float* distance, double* workspace, int64_t& scored) {
   int64_t bad = -1, neighbour = -1;
-  Tile tile = tile_in(codebook, workspace);
-  int32_t* space = reinterpret_cast<int32_t*>(workspace + search_workspace(codebook));
-  int32_t* lists = space + Scored::kMost;
+  float* scores = reinterpret_cast<float*>(workspace);
+  int32_t* scored_blocks = reinterpret_cast<int32_t*>(scores + Scored::kMost * kBlock);
+  int32_t* lists = scored_blocks + Scored::kMost;
   const auto run = [&](auto D) {
-    TreeSearch<D> tree_search = {codebook, tree, tile, {space, tile.minima}, lists,
-                                 lists + codebook.num_blocks};
-    for (int64_t first = begin; first < end; first += kLanes) {
-      const int64_t count = min_of(kLanes, end - first);
-      tile.width = kLanes;
-      const int64_t bad_here = load_queries(codebook, z, rows, first, count, tile);
-      if (bad_here >= 0 && (bad < 0 || bad_here < bad)) bad = bad_here;
-      for (int64_t q = 0; q < count; ++q) {
-        if (tile.upper[q] != -kInf) {
-          neighbour = tree_search.search(q, leaves[first + q], neighbour);
-        }
-        const int64_t n = rows[first + q];
-        indices[n] = tile.index[q];
-        if (distance) distance[n] = float(tile.best[q]);
-      }
+    TreeSearch<D> search = {codebook, tree, {scored_blocks, scores}, lists,
+                            lists + codebook.num_blocks};
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = rows[i];
+      search.query =
+          load_query(codebook, search.dim(), z + n * search.dim(), search.point, search.x);
+      if (!search.query.finite && (bad < 0 || n < bad)) bad = n;
+      if (search.query.upper != -kInf) neighbour = search.search(leaves[i], neighbour);
+      indices[n] = search.query.nearest.code;
+      if (distance) distance[n] = float(search.query.nearest.distance);
     }
-    scored += tree_search.total * kLeafBlock;
+    scored += search.total * kBlock;
   };
   if (codebook.dim == 8) {
     run(std::integral_constant<int, 8>());

@@ -9,14 +9,14 @@
 //   1. Points are centred on the codebook's mean and scaled by a power of two. That keeps the order
 //      of distances, and |c|^2/2 - z.c, which takes one multiply-add a dimension, no longer cancels
 //      where all data is far from 0.
-//   2. Codes are scored in blocks of 64, and the lowest score of each block is kept. With a bound
+//   2. Codes are scored in blocks of 16, and the lowest score of each block is kept. With a bound
 //      E(z, block) on the error of scores, the least lowest + E is an upper bound on the best.
 //   3. A block with lowest - E above that cannot hold the nearest code. In the others, the codes
 //      with score - E not above it are measured in fp64, and the nearest of these, the lowest index
 //      first, is the answer. Usually there is one.
 //
 // In few dimensions most codes are ruled out before they are scored. The leaves of a tree of boxes
-// (vq_tree.h) are the blocks then, of 16 codes. The upper bound of a vector, from the leaf that it
+// (vq_tree.h) are the blocks then. The upper bound of a vector, from the leaf that it
 // falls into, is a radius around it, and only leaves whose box is within it are scored; they lower
 // the bound in turn. Vectors are searched for in the order of their leaves, so that each starts with
 // the leaf where its neighbour ended.
@@ -38,24 +38,22 @@ namespace t2i::cpu {
 
 enum class Metric { l2, cosine };
 
-constexpr int64_t kBlock = 64;      // codes a block, of all codes
-constexpr int64_t kLeafBlock = 16;  // of a tree
-constexpr int64_t kQueries = 64;  // vectors a tile, the unit that search() is called with
+constexpr int64_t kBlock = 16;    // codes a block
+constexpr int64_t kQueries = 96;  // vectors, the unit that search() is called with
 
 // A codebook made ready for search.
 struct VqCodebook {
   const float* codes;  // [num_codes, dim], contiguous
   int64_t num_codes;
   int64_t num_blocks;
-  int64_t block;  // codes a block, kBlock or kLeafBlock
   int64_t dim;
   Metric metric;
-  const int32_t* order;  // [num_blocks, block], the code at each place, -1 for none; null: in order
+  const int32_t* order;  // [num_blocks, kBlock], the code at each place, -1 for none; null: in order
 
   double* center;      // [dim], the mean of the codes' points
   double scale = 1;    // a power of two
-  float* packed;       // [num_blocks, dim, block], -scale * (point - center)
-  float* half_norm;    // [num_blocks, block], of the packed point squared; inf without a code
+  float* packed;       // [num_blocks, dim, kBlock], -scale * (point - center)
+  float* half_norm;    // [num_blocks, kBlock], of the packed point squared; inf without a code
   float* error_base;   // [num_blocks]: the error of a score is at most
   float* error_slope;  // [num_blocks]      error_base + |query| error_slope
 };
@@ -67,8 +65,8 @@ struct VqKernels {
   // Fills blocks [begin, end) of packed, half_norm and error_*. workspace: dim doubles.
   void (*pack)(const VqCodebook& codebook, int64_t begin, int64_t end, double* workspace);
 
-  // Searches for the tiles [begin, end) of the n vectors z [n, dim]. Writes indices [n] and, unless
-  // it is null, distance [n]. Returns the first vector of these tiles that holds NaN or inf, or -1.
+  // Searches for the units [begin, end) of the n vectors z [n, dim]. Writes indices [n] and, unless
+  // it is null, distance [n]. Returns the first vector of these units that holds NaN or inf, or -1.
   int64_t (*search)(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin,
                     int64_t end, int64_t* indices, float* distance, double* workspace);
 

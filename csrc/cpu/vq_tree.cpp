@@ -43,7 +43,7 @@ struct Builder {
       std::sort(places.begin() + begin, places.begin() + end,
                 [](const Place& a, const Place& b) { return a.code < b.code; });
       for (int64_t i = begin; i < end; ++i) {
-        memory.order[leaf * kLeafBlock + i - begin] = places[i].code;
+        memory.order[leaf * kBlock + i - begin] = places[i].code;
       }
       return;
     }
@@ -72,9 +72,9 @@ struct Builder {
 VqTree build_tree(const float* points, int64_t num_codes, int64_t dim, VqTreeMemory& memory) {
   VqTree tree;
   tree.depth = 0;
-  while ((num_codes + (int64_t(1) << tree.depth) - 1) >> tree.depth > kLeafBlock) ++tree.depth;
+  while ((num_codes + (int64_t(1) << tree.depth) - 1) >> tree.depth > kBlock) ++tree.depth;
   const int64_t leaves = int64_t(1) << tree.depth;
-  memory.order.assign(leaves * kLeafBlock, -1);
+  memory.order.assign(leaves * kBlock, -1);
   memory.axis.assign(leaves - 1, 0);
   memory.split.assign(leaves - 1, 0);
   Builder builder{points, dim, tree.depth, memory, {}, {}};

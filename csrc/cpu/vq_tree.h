@@ -1,7 +1,7 @@
 // A tree of boxes over the points of a codebook, for vq_nearest.h.
 //
 // Codes are halved at the median along the widest side of their box, again and again, until
-// kLeafBlock or fewer are left. The 2^depth leaves are the blocks of the packed codebook. A search
+// kBlock or fewer are left. The 2^depth leaves are the blocks of the packed codebook. A search
 // goes down by the boxes of every fourth level alone, kWide children at a time.
 #pragma once
 
