@@ -83,6 +83,8 @@ def contenders(z, codebook, threads: int) -> list[Contender]:
         import faiss
 
         faiss.omp_set_num_threads(threads)
+        # By default it leaves its fast kernel for fewer than 10,000 vectors or so.
+        faiss.cvar.distance_compute_blas_threshold = 20
         index = faiss.IndexFlatL2(dim)
         index.add(codes)
         return lambda: index.search(rows, 1)[1][:, 0]

@@ -54,15 +54,15 @@ struct FirstBad {
 struct Packed {
   VqCodebook book;
   std::vector<double> center;
-  std::unique_ptr<float[]> packed;
-  std::vector<float> half_norm, error_base, error_slope;
+  Floats packed;  // not initialised, unlike a vector
+  AlignedFloats half_norm, error_base, error_slope;
 
   // Of finite codes whose center and scale are known.
   void fill(int64_t num_blocks, const int32_t* order) {
     const int64_t dim = book.dim;
     book.num_blocks = num_blocks;
     book.order = order;
-    packed.reset(new float[num_blocks * dim * kBlock]);
+    packed = allocate(num_blocks * dim * kBlock);
     half_norm.resize(num_blocks * kBlock);
     error_base.resize(num_blocks);
     error_slope.resize(num_blocks);
@@ -81,14 +81,12 @@ struct Packed {
 // Codes with what searches among them need, made when the first one needs it.
 class Codebook {
  public:
-  // Where a codebook is small enough to be compared, a few are kept from call to call: what a tree
-  // costs is then paid once, until the codes change. Throws where codes are not finite.
+  // A few are kept from call to call: what is made for a search is then paid once, until the codes
+  // change. Throws where codes are not finite.
   static std::shared_ptr<Codebook> of(const float* codes, int64_t num_codes, int64_t dim,
                                       Metric metric) {
-    const bool small = num_codes * dim <= kKeptValues;
-    if (!small || !suits_tree(num_codes, dim)) {
-      return std::make_shared<Codebook>(codes, num_codes, dim, metric);
-    }
+    const int64_t values = num_codes * dim;
+    if (values > kKeptValues) return std::make_shared<Codebook>(codes, num_codes, dim, metric);
     static std::mutex mutex;
     static std::array<std::shared_ptr<Codebook>, kKept> kept;  // the last one used first
     const std::lock_guard<std::mutex> lock(mutex);
@@ -105,10 +103,16 @@ class Codebook {
         break;
       }
     }
-    made->copy_.assign(codes, codes + num_codes * dim);
+    made->copy_.assign(codes, codes + values);
     made->all_.book.codes = made->copy_.data();
     std::rotate(kept.begin(), kept.end() - 1, kept.end());
-    return kept[0] = made;
+    kept[0] = made;
+    int64_t total = 0;
+    for (auto& entry : kept) {
+      if (entry) total += entry->all_.book.num_codes * entry->all_.book.dim;
+      if (total > kKeptValues) entry.reset();
+    }
+    return made;
   }
 
   Codebook(const float* codes, int64_t num_codes, int64_t dim, Metric metric) {
@@ -140,7 +144,7 @@ class Codebook {
 
  private:
   static constexpr int64_t kFewCodes = 256;  // fewer are searched at once
-  static constexpr int64_t kKeptValues = 1 << 20;
+  static constexpr int64_t kKeptValues = 1 << 22;  // of all
   static constexpr int64_t kKept = 4;
   static constexpr int64_t kTreeTile = 64;  // vectors that a thread takes at a time
   static constexpr int64_t kCallsWithoutTree = 64;  // after one did not pay
@@ -168,8 +172,9 @@ class Codebook {
     const int64_t tile_cost = kQueries * book.num_blocks * kBlock * (book.dim + 1);
     torch::stable::parallel_for(
         0, tiles, kGrain / tile_cost + 1, [&](int64_t begin, int64_t end) {
-          const std::unique_ptr<double[]> workspace(new double[kernels.search_workspace(book)]);
-          bad.found(kernels.search(book, z, n, begin, end, indices, distance, workspace.get()));
+          const Floats workspace = allocate(2 * kernels.search_workspace(book));
+          bad.found(kernels.search(book, z, n, begin, end, indices, distance,
+                                   reinterpret_cast<double*>(workspace.get())));
         });
   }
 

@@ -20,10 +20,10 @@ constexpr int kMaxVecs = 3, kCodes = 4;  // 12 of 16
 constexpr int kMaxVecs = 1, kCodes = 4;  // at::vec has no intrinsics here, and two SSE registers a vector
 #endif
 constexpr int64_t kTileQueries = kMaxVecs * kLanes;
-constexpr int64_t kTileBytes = 36 << 10;   // of a tile's queries, where that leaves two vectors
-constexpr int64_t kShare = 192;            // queries that share what is loaded of the codebook
-constexpr int64_t kShareBytes = 256 << 10; // of it: half of a small second cache
-constexpr int64_t kPanel = 512;            // blocks whose minima are kept at a time
+constexpr int64_t kTiles = 192 / kTileQueries;  // that share what is loaded of the codebook
+constexpr int64_t kShared = 1 << 16;            // values of it: half of a small second cache
+constexpr int64_t kDepth = 128;                 // dimensions at a time: the first cache holds a tile
+constexpr int64_t kPanel = 512;                 // blocks whose minima are kept at a time
 
 static_assert(kBlock % kLanes == 0 && kBlock % kCodes == 0 && kWide % kLanes == 0);
 
@@ -160,13 +160,13 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
         continue;
       }
       const float* code = codebook.codes + k * dim;
+      const bool whole = codebook.metric == Metric::l2;
       const double length = divisor(code, dim, codebook.metric);
-      for (int64_t j = 0; j < dim; ++j) point[j] = (code[j] / length - codebook.center[j]) * scale;
-      double norm2 = 0;
       for (int64_t j = 0; j < dim; ++j) {
-        packed[j * kBlock] = -float(point[j]);
-        norm2 += point[j] * point[j];
+        point[j] = ((whole ? double(code[j]) : code[j] / length) - codebook.center[j]) * scale;
       }
+      for (int64_t j = 0; j < dim; ++j) packed[j * kBlock] = -float(point[j]);
+      double norm2 = sum_of(dim, [&](int64_t j) { return point[j] * point[j]; });
       // cos = 0 is the score of a point at right angles, which is as long as the others.
       if (codebook.metric == Metric::cosine && is_zero(code, dim)) norm2 += scale * scale;
       codebook.half_norm[b * kBlock + lane] = float(norm2 / 2);
@@ -298,9 +298,10 @@ int64_t load_queries(const VqCodebook& codebook, const float* z, int64_t first, 
 }
 
 // Scores the queries of R vectors against blocks [begin, end): lowers upper and writes minima.
+// partial, [end - begin, kBlock, width], is for scores over the first dimensions.
 template <int R>
 void score_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& tile,
-                  float* minima) {
+                  float* minima, float* partial) {
   const int64_t dim = codebook.dim;
   constexpr int64_t width = R * kLanes;
   Vec norms[R], slack[R], upper[R];
@@ -309,35 +310,49 @@ void score_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& 
     slack[r] = Vec::loadu(tile.slack + r * kLanes);
     upper[r] = Vec::loadu(tile.upper + r * kLanes);
   }
-  for (int64_t b = begin; b < end; ++b, minima += width) {
-    Vec lowest[R];
-    for (int r = 0; r < R; ++r) lowest[r] = Vec(kInf);
-    for (int64_t c = 0; c < kBlock; c += kCodes) {
-      const float* half_norm = codebook.half_norm + b * kBlock + c;
-      const float* codes = codebook.packed + b * dim * kBlock + c;
-      const float* queries = tile.queries;
-      Vec score[kCodes][R];
-      for (int k = 0; k < kCodes; ++k) {
-        for (int r = 0; r < R; ++r) score[k][r] = Vec(half_norm[k]);
-      }
-      for (int64_t j = 0; j < dim; ++j, codes += kBlock, queries += width) {
-        Vec query[R];
-        for (int r = 0; r < R; ++r) query[r] = Vec::loadu(queries + r * kLanes);
+  for (int64_t depth = 0; depth < max_of(dim, 1); depth += kDepth) {
+    const int64_t depth_end = min_of(depth + kDepth, dim);
+    float* sums = partial;
+    for (int64_t b = begin; b < end; ++b) {
+      Vec lowest[R];
+      for (int r = 0; r < R; ++r) lowest[r] = Vec(kInf);
+      for (int64_t c = 0; c < kBlock; c += kCodes, sums += kCodes * width) {
+        const float* half_norm = codebook.half_norm + b * kBlock + c;
+        const float* codes = codebook.packed + (b * dim + depth) * kBlock + c;
+        const float* queries = tile.queries + depth * width;
+        Vec score[kCodes][R];
         for (int k = 0; k < kCodes; ++k) {
-          const Vec code(codes[k]);
-          for (int r = 0; r < R; ++r) score[k][r] = at::vec::fmadd(code, query[r], score[k][r]);
+          for (int r = 0; r < R; ++r) {
+            score[k][r] = depth == 0 ? Vec(half_norm[k])
+                                     : Vec::loadu(sums + k * width + r * kLanes);
+          }
+        }
+        for (int64_t j = depth; j < depth_end; ++j, codes += kBlock, queries += width) {
+          Vec query[R];
+          for (int r = 0; r < R; ++r) query[r] = Vec::loadu(queries + r * kLanes);
+          for (int k = 0; k < kCodes; ++k) {
+            const Vec code(codes[k]);
+            for (int r = 0; r < R; ++r) score[k][r] = at::vec::fmadd(code, query[r], score[k][r]);
+          }
+        }
+        for (int k = 0; k < kCodes; ++k) {
+          for (int r = 0; r < R; ++r) {
+            if (depth_end < dim) {
+              score[k][r].store(sums + k * width + r * kLanes);
+            } else {
+              // One instruction, unlike at::vec::minimum, which also looks for NaN: there is none.
+              lowest[r] = at::vec::clamp_max(score[k][r], lowest[r]);
+            }
+          }
         }
       }
-      for (int k = 0; k < kCodes; ++k) {
-        // One instruction, unlike at::vec::minimum, which also looks for NaN: there is none.
-        for (int r = 0; r < R; ++r) lowest[r] = at::vec::clamp_max(score[k][r], lowest[r]);
+      if (depth_end < dim) continue;
+      const Vec base(codebook.error_base[b]), slope(codebook.error_slope[b]);
+      for (int r = 0; r < R; ++r) {
+        lowest[r].store(minima + (b - begin) * width + r * kLanes);
+        const Vec error = at::vec::fmadd(norms[r], slope, base) + slack[r];
+        upper[r] = at::vec::clamp_max(lowest[r] + error, upper[r]);
       }
-    }
-    const Vec base(codebook.error_base[b]), slope(codebook.error_slope[b]);
-    for (int r = 0; r < R; ++r) {
-      lowest[r].store(minima + r * kLanes);
-      const Vec error = at::vec::fmadd(norms[r], slope, base) + slack[r];
-      upper[r] = at::vec::clamp_max(lowest[r] + error, upper[r]);
     }
   }
   for (int r = 0; r < R; ++r) upper[r].store(tile.upper + r * kLanes);
@@ -410,35 +425,35 @@ void place_tile(int64_t dim, double* workspace, Tile& tile) {
   tile.minima = tile.queries + kTileQueries * dim;
 }
 
-constexpr int64_t kMaxTiles = kShare / min_of(kTileQueries, 2 * kLanes);
-static_assert(kShare % kTileQueries == 0 && kShare % (2 * kLanes) == 0);
+int64_t shared_blocks(const VqCodebook& codebook) {
+  return max_of(kShared / (kBlock * max_of(codebook.dim, 1)), 1);
+}
 
 int64_t search_workspace(const VqCodebook& codebook) {
-  return kMaxTiles * tile_workspace(codebook.dim) + kLanes * codebook.dim / 2 + 1;
+  const bool deep = codebook.dim > kDepth;
+  const int64_t partial = deep ? shared_blocks(codebook) * kBlock * kTileQueries : 0;
+  return kTiles * tile_workspace(codebook.dim) + (kLanes * codebook.dim + partial) / 2 + 1;
 }
 
 int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin, int64_t end,
                int64_t* indices, float* distance, double* workspace) {
   const int64_t dim = codebook.dim, stop = min_of(end * kQueries, n);
-  // A tile's queries stay in the first cache, the blocks that tiles share in the second.
-  const int64_t row_bytes = max_of(dim, 1) * int64_t(sizeof(float));
-  const bool fits = kTileQueries * row_bytes <= kTileBytes;
-  const int64_t tile_queries = fits ? kTileQueries : min_of(kTileQueries, 2 * kLanes);
-  const int64_t step = max_of(kShareBytes / (kBlock * row_bytes), 1);
+  const int64_t step = shared_blocks(codebook);
   int64_t bad = -1;
-  Tile tiles[kMaxTiles];
-  for (int64_t t = 0; t < kMaxTiles; ++t) {
+  Tile tiles[kTiles];
+  for (int64_t t = 0; t < kTiles; ++t) {
     place_tile(dim, workspace + t * tile_workspace(dim), tiles[t]);
   }
-  float* scratch = reinterpret_cast<float*>(workspace + kMaxTiles * tile_workspace(dim));
+  float* scratch = reinterpret_cast<float*>(workspace + kTiles * tile_workspace(dim));
+  float* partial = scratch + kLanes * dim;
   for (int64_t first = begin * kQueries, count; first < stop; first += count) {
-    count = min_of(stop - first, kShare);
-    const int64_t num_tiles = (count + tile_queries - 1) / tile_queries;
+    count = min_of(stop - first, kTiles * kTileQueries);
+    const int64_t num_tiles = (count + kTileQueries - 1) / kTileQueries;
     for (int64_t t = 0; t < num_tiles; ++t) {
-      const int64_t here = min_of(count - t * tile_queries, tile_queries);
+      const int64_t here = min_of(count - t * kTileQueries, kTileQueries);
       tiles[t].width = round_up(here, kLanes);
       const int64_t bad_here =
-          load_queries(codebook, z, first + t * tile_queries, here, tiles[t], scratch);
+          load_queries(codebook, z, first + t * kTileQueries, here, tiles[t], scratch);
       if (bad < 0) bad = bad_here;
     }
     for (int64_t panel = 0; panel < codebook.num_blocks; panel += kPanel) {
@@ -447,8 +462,9 @@ int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t be
         const int64_t b_end = min_of(b + step, panel_end);
         for (int64_t t = 0; t < num_tiles; ++t) {
           Tile& tile = tiles[t];
+          float* minima = tile.minima + (b - panel) * tile.width;
           with_vecs<kMaxVecs>(tile.width / kLanes, [&](auto R) {
-            score_blocks<R>(codebook, b, b_end, tile, tile.minima + (b - panel) * tile.width);
+            score_blocks<R>(codebook, b, b_end, tile, minima, partial);
           });
         }
       }
@@ -457,7 +473,7 @@ int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t be
       }
     }
     for (int64_t q = 0; q < count; ++q) {
-      const Nearest& nearest = tiles[q / tile_queries].nearest[q % tile_queries];
+      const Nearest& nearest = tiles[q / kTileQueries].nearest[q % kTileQueries];
       indices[first + q] = nearest.code;
       if (distance) distance[first + q] = float(nearest.distance);
     }

@@ -99,7 +99,7 @@ VqTree build_tree(const float* points, int64_t num_codes, int64_t dim, VqTreeMem
     const int64_t nodes = int64_t(1) << depths[l];
     tree.num_groups[l] = (nodes + kWide - 1) / kWide;
     // A box at infinity is never entered.
-    std::vector<float> level(tree.num_groups[l] * 2 * dim * kWide, kInf);
+    AlignedFloats level(tree.num_groups[l] * 2 * dim * kWide, kInf);
     for (int64_t i = 0; i < nodes; ++i) {
       const int64_t node = nodes - 1 + i;
       for (int64_t j = 0; j < dim; ++j) {

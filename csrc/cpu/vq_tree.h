@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/aligned.h"
+
 namespace t2i::cpu {
 
 constexpr int64_t kWide = 16;
@@ -32,7 +34,7 @@ struct VqTree {
 struct VqTreeMemory {
   std::vector<int32_t> order, axis;
   std::vector<float> split;
-  std::vector<std::vector<float>> boxes;
+  std::vector<AlignedFloats> boxes;
 };
 
 // The tree of num_codes points, at least 2, [num_codes, dim], which are finite. memory.order is what
