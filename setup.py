@@ -54,7 +54,7 @@ KERNEL_SOURCES = [
     "csrc/cpu/flash_attention.cpp",
     "csrc/cpu/decode_attention.cpp",
 ]
-AMX_SOURCES = ["csrc/cpu/flash_attention_amx.cpp"]
+AMX_SOURCES = ["csrc/cpu/flash_attention_amx.cpp", "csrc/cpu/vq_nearest.cpp"]
 PLAIN_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/vq_tree.cpp",

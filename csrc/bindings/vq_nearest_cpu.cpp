@@ -55,7 +55,8 @@ struct Packed {
   VqCodebook book;
   std::vector<double> center;
   Floats packed;  // not initialised, unlike a vector
-  AlignedFloats half_norm, error_base, error_slope;
+  AlignedFloats half_norm, error_base, error_slope, coarse_base, coarse_slope;
+  std::vector<uint16_t, CacheAligned<uint16_t>> coarse;
 
   // Of finite codes whose center and scale are known.
   void fill(int64_t num_blocks, const int32_t* order) {
@@ -70,6 +71,15 @@ struct Packed {
     book.half_norm = half_norm.data();
     book.error_base = error_base.data();
     book.error_slope = error_slope.data();
+    const int64_t depth = order ? 0 : vq_kernels().coarse_depth(dim);  // not in a tree
+    if (depth > 0) {
+      coarse.resize((num_blocks + 1) * depth * kBlock);
+      coarse_base.resize(num_blocks);
+      coarse_slope.resize(num_blocks);
+      book.coarse = coarse.data();
+      book.coarse_base = coarse_base.data();
+      book.coarse_slope = coarse_slope.data();
+    }
     torch::stable::parallel_for(0, num_blocks, kGrain / (8 * kBlock * (dim + 1)) + 1,
                                 [&](int64_t begin, int64_t end) {
                                   std::vector<double> workspace(dim);
@@ -128,9 +138,8 @@ class Codebook {
   // finite, or -1.
   int64_t search(const float* z, int64_t n, int64_t* indices, float* distance) {
     FirstBad bad(n);
-    // To build a tree takes one thread some 100 ns a code, to search all codes 1/25 ns a vector, code
-    // and dimension.
-    const bool pays = known_ || n * dim() > 4000 * int64_t(torch::stable::get_num_threads());
+    const bool pays = known_ || n * dim() > vq_kernels().tree_values *
+                                                int64_t(torch::stable::get_num_threads());
     bool found = false;
     if (calls_without_tree_ > 0) {
       --calls_without_tree_;
@@ -236,7 +245,8 @@ class Codebook {
     const int64_t probes = std::min<int64_t>(tiles, 4);
     run_tasks(probes, workspace,
               [&](int64_t i, float* space) { search(i * tiles / probes, space); });
-    const bool pays = scored * 3 < probes * kTreeTile * book.num_codes * 2;
+    const double all = double(probes * kTreeTile) * double(book.num_codes);
+    const bool pays = double(scored) < kernels.tree_share * all;
     if (!pays && tiles > probes) return false;
     run_tasks(tiles, workspace, search);
     return true;

@@ -1,96 +1,24 @@
 // Attention of bf16 tensors on AMX: products of 16×32 by 32×16 tiles of bf16 with sums in fp32.
 // Everything else, and what AMX does not serve (other types, softcap), is as in flash_attention.cpp.
 //
-// A tile of the right factor holds pairs of its rows interleaved: words (b(2k, n), b(2k + 1, n)).
 // Rows lie along the lanes here too, so that such pairs of P are two registers of neighbouring keys
 // packed into one.
-#include <immintrin.h>
-
 #include <cmath>
 
+#include "cpu/amx.h"
 #include "cpu/attention_rows.h"
 
 namespace t2i::cpu::CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kSide = 16;      // rows, and words a row, of a tile
-constexpr int64_t kDepth = 32;     // bf16 a row
 constexpr int64_t kKeys = 64;      // of a block of scores
 constexpr int64_t kGradRows = 64;  // rows of such a block in the backward pass
 constexpr int64_t kPair = 2 * kSide;  // rows that are brought up to date together
-static_assert(kLanes == kSide);
-
-using Half = uint16_t;  // bf16
-using Word = uint32_t;  // a pair of them
 
 const AttentionKernels& plain() { return AVX512::attention_kernels; }
 
 bool serves(const Attention& a) {
   return a.type == FloatType::bf16 && a.softcap == 0 && a.scale != 0;
-}
-
-// ---- Tiles -------------------------------------------------------------------------------------
-
-// Instructions on tiles say less than they do about the memory that they read and write (in GCC 12):
-// nothing is to be moved across, or left out.
-inline void memory_is_as_written() { asm volatile("" ::: "memory"); }
-
-// All eight tiles of the thread, 16 rows of 64 bytes each, until the end of the scope.
-struct Tiles {
-  Tiles() {
-    alignas(64) uint8_t config[64] = {1};  // the palette
-    for (int i = 0; i < 8; ++i) {
-      config[16 + 2 * i] = 64;
-      config[48 + i] = kSide;
-    }
-    asm volatile("" ::"r"(config) : "memory");
-    _tile_loadconfig(config);
-  }
-  ~Tiles() { _tile_release(); }
-};
-
-// A factor of a product, in bytes: where its next tile of the same depth is, and the next depth.
-struct Factor {
-  const void* data;
-  int64_t stride, next, step;
-
-  const char* tile(int64_t i, int64_t k) const {
-    return static_cast<const char*>(data) + i * next + k * step;
-  }
-};
-
-// C += A B, or = A B, for C [2 rows, 2 columns] tiles of fp32; depth counts tiles.
-void multiply_2x2(const Factor& a, int64_t i, const Factor& b, int64_t n, int64_t depth, float* c,
-                  int64_t c_stride, bool add) {
-  float *c0 = c, *c1 = c + kSide, *c2 = c + kSide * c_stride, *c3 = c2 + kSide;
-  const int64_t stride = c_stride * 4;
-  memory_is_as_written();
-  if (add) {
-    _tile_loadd(0, c0, stride);
-    _tile_loadd(1, c1, stride);
-    _tile_loadd(2, c2, stride);
-    _tile_loadd(3, c3, stride);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t k = 0; k < depth; ++k) {
-    _tile_loadd(4, a.tile(i, k), a.stride);
-    _tile_loadd(6, b.tile(n, k), b.stride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b.tile(n + 1, k), b.stride);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a.tile(i + 1, k), a.stride);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c0, stride);
-  _tile_stored(1, c1, stride);
-  _tile_stored(2, c2, stride);
-  _tile_stored(3, c3, stride);
-  memory_is_as_written();
 }
 
 // All of C [rows, columns], multiples of 32.
@@ -112,31 +40,6 @@ void load_half(const void* data, int64_t first, int64_t width, int64_t padded, b
   for (int64_t d = width; d < padded; ++d) out[d] = 0;
   if (negate) {
     for (int64_t d = 0; d < width; ++d) out[d] = Half(out[d] ^ 0x8000);
-  }
-}
-
-// out(j, i) = in(i, j) for 16 by 16 words; see transpose_block in vec.h. Not as floats, which would
-// change NaN.
-void transpose_words(const Word* in, int64_t in_stride, Word* out, int64_t out_stride) {
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  __m512i rows[2][kSide];
-  for (int i = 0; i < kSide; ++i) rows[0][i] = _mm512_loadu_si512(in + i * in_stride);
-#pragma GCC unroll 4
-  for (int step = 0; step < 4; ++step) {
-    for (int i = 0; i < kSide / 2; ++i) {
-      const __m512i a = rows[step % 2][i], b = rows[step % 2][i + kSide / 2];
-      rows[1 - step % 2][2 * i] = _mm512_permutex2var_epi32(a, low, b);
-      rows[1 - step % 2][2 * i + 1] = _mm512_permutex2var_epi32(a, high, b);
-    }
-  }
-  for (int i = 0; i < kSide; ++i) _mm512_storeu_si512(out + i * out_stride, rows[0][i]);
-}
-
-// out[width / 2, 16]: words of 16 rows [16, width], width a multiple of 32, one row a column.
-void pack_columns(const Half* rows, int64_t width, Word* out) {
-  for (int64_t w = 0; w < width / 2; w += kSide) {
-    transpose_words(reinterpret_cast<const Word*>(rows) + w, width / 2, out + w * kSide, kSide);
   }
 }
 
@@ -202,9 +105,9 @@ struct ForwardSpace {
   ForwardSpace(const Attention& a, int64_t count, float* workspace) {
     Space space = {reinterpret_cast<Word*>(workspace)};
     const int64_t padded = round_up(count, kPair);
-    width = round_up(a.dim, kDepth);
-    v_width = round_up(a.v_dim, kDepth);
-    rows = space.halves(kDepth * max_of(width, v_width));
+    width = round_up(a.dim, kTileDepth);
+    v_width = round_up(a.v_dim, kTileDepth);
+    rows = space.halves(kTileDepth * max_of(width, v_width));
     k = space.halves(kKeys * width);
     q = space.words(padded * width / 2);
     v = space.words(kKeys * v_width / 2);
@@ -226,13 +129,13 @@ int64_t forward_workspace(const Attention& a, int64_t count) {
 // Brings one tile of 32 rows up to date with the keys of a block that it sees.
 void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, Range keys,
             int64_t begin, float scale, const ForwardSpace& space, int64_t first) {
-  const int64_t half_begin = (keys.begin - begin) / kDepth;
-  const int64_t half_end = (keys.end - begin + kDepth - 1) / kDepth;
+  const int64_t half_begin = (keys.begin - begin) / kTileDepth;
+  const int64_t half_end = (keys.end - begin + kTileDepth - 1) / kTileDepth;
   const int64_t width = space.width, v_width = space.v_width;
-  const Factor k = {space.k, 2 * width, kSide * 2 * width, 2 * kDepth};
+  const Factor k = {space.k, 2 * width, kSide * 2 * width, 2 * kTileDepth};
   const Factor q = {space.q + first * width / 2, 64, width / 2 * 64, kSide * 64};
   for (int64_t h = half_begin; h < half_end; ++h) {
-    multiply_2x2(k, 2 * h, q, 0, width / kDepth, space.scores + h * kDepth * kPair, kPair,
+    multiply_2x2(k, 2 * h, q, 0, width / kTileDepth, space.scores + h * kTileDepth * kPair, kPair,
                  false);
   }
   const Range all = intersection(seen_by_all(a, s, row, count), keys);
@@ -242,7 +145,7 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
   for (int r = 0; r < 2; ++r) {
     float* column = space.scores + r * kSide;
     const Sight sight(a, s, row + r * kSide);
-    for (int64_t j = half_begin * kDepth; j < half_end * kDepth; ++j) {
+    for (int64_t j = half_begin * kTileDepth; j < half_end * kTileDepth; ++j) {
       const int64_t key = begin + j;
       if (key == all.begin && all.end > all.begin) {
         j += all.end - all.begin - 1;
@@ -255,7 +158,7 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
     }
     const Vec before = Vec::loadu(space.largest + first + r * kSide);
     Vec top[4] = {before, before, before, before};
-    for (int64_t j = half_begin * kDepth; j < half_end * kDepth; j += 4) {
+    for (int64_t j = half_begin * kTileDepth; j < half_end * kTileDepth; j += 4) {
       for (int i = 0; i < 4; ++i) {
         top[i] = at::vec::clamp_min(top[i], Vec::loadu(column + (j + i) * kPair));
       }
@@ -265,7 +168,7 @@ void attend(const Attention& a, const Sequence& s, int64_t row, int64_t count, R
     const Vec shift = at::vec::clamp_min(now, Vec(std::numeric_limits<float>::lowest()));
     Vec total[2] = {Vec(0.f), Vec(0.f)};
     Word* p = space.p + r * kKeys / 2 * kSide;
-    for (int64_t j = half_begin * kDepth; j < half_end * kDepth; j += 2) {
+    for (int64_t j = half_begin * kTileDepth; j < half_end * kTileDepth; j += 2) {
       Vec pair[2];
       for (int i = 0; i < 2; ++i) {
         pair[i] = exp2((Vec::loadu(column + (j + i) * kPair) - shift) * factor_log2e);
@@ -336,10 +239,10 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
         std::memset(to, 0, size_t(width) * sizeof(Half));
       }
     }
-    for (int64_t h = 0; h < kKeys / kDepth; ++h) {
-      for (int64_t j = 0; j < kDepth; ++j) {
+    for (int64_t h = 0; h < kKeys / kTileDepth; ++h) {
+      for (int64_t j = 0; j < kTileDepth; ++j) {
         Half* to = space.rows + j * v_width;
-        const int64_t at = begin + h * kDepth + j;
+        const int64_t at = begin + h * kTileDepth + j;
         if (at >= block.begin && at < block.end) {
           load_half(s.v.data, element(s.v, at, kv_head), a.v_dim, v_width, false, to);
         } else {
@@ -394,8 +297,8 @@ struct BackwardSpace {
 
   BackwardSpace(const Attention& a, int64_t keys, float* workspace) {
     Space space = {reinterpret_cast<Word*>(workspace)};
-    width = round_up(a.dim, kDepth);
-    v_width = round_up(a.v_dim, kDepth);
+    width = round_up(a.dim, kTileDepth);
+    v_width = round_up(a.v_dim, kTileDepth);
     const int64_t padded = round_up(keys, kKeys), larger = max_of(width, v_width);
     k = space.halves(padded * width);
     v = space.halves(padded * v_width);
@@ -501,7 +404,7 @@ void backward(const Attention& a, const Sequence& s, const SequenceGradients& g,
     load_half(s.v.data, element(s.v, key + j, kv_head), a.v_dim, v_width, false,
               space.v + j * v_width);
   }
-  for (int64_t j = 0; j < padded; j += kDepth) {
+  for (int64_t j = 0; j < padded; j += kTileDepth) {
     pack_transposed(space.k + j * width, width, space.k_transposed + j / 2 * width, space.scratch);
   }
   std::memset(space.dk, 0, size_t(padded * width) * sizeof(float));
@@ -535,26 +438,26 @@ void backward(const Attention& a, const Sequence& s, const SequenceGradients& g,
     const int64_t end = range.begin < range.end ? range.end - key : from;
     for (; from < end; from += kKeys) {
       const Range block = {key + from, min_of(key + from + kKeys, key_end)};
-      const Factor k = {space.k + from * width, 2 * width, kSide * 2 * width, 2 * kDepth};
-      const Factor v = {space.v + from * v_width, 2 * v_width, kSide * 2 * v_width, 2 * kDepth};
+      const Factor k = {space.k + from * width, 2 * width, kSide * 2 * width, 2 * kTileDepth};
+      const Factor v = {space.v + from * v_width, 2 * v_width, kSide * 2 * v_width, 2 * kTileDepth};
       const Factor q = {space.q, 64, width / 2 * 64, kSide * 64};
       const Factor dout = {space.dout, 64, v_width / 2 * 64, kSide * 64};
-      multiply_all(k, q, kKeys, kGradRows, width / kDepth, space.scores, kGradRows, false);
-      multiply_all(v, dout, kKeys, kGradRows, v_width / kDepth, space.dp, kGradRows, false);
+      multiply_all(k, q, kKeys, kGradRows, width / kTileDepth, space.scores, kGradRows, false);
+      multiply_all(v, dout, kKeys, kGradRows, v_width / kTileDepth, space.dp, kGradRows, false);
       differentiate(a, s, row, count, block, space);
 
       const Factor k_transposed = {space.k_transposed + from / 2 * width, 64, kSide * 64,
                                    width * 64};
       const Factor ds_pairs = {space.ds_pairs, 64, kKeys / 2 * 64, kSide * 64};
-      multiply_all(k_transposed, ds_pairs, width, kGradRows, kKeys / kDepth, space.dq, kGradRows,
+      multiply_all(k_transposed, ds_pairs, width, kGradRows, kKeys / kTileDepth, space.dq, kGradRows,
                    true);
-      const Factor p = {space.p, 2 * kGradRows, kSide * 2 * kGradRows, 2 * kDepth};
-      const Factor ds = {space.ds, 2 * kGradRows, kSide * 2 * kGradRows, 2 * kDepth};
+      const Factor p = {space.p, 2 * kGradRows, kSide * 2 * kGradRows, 2 * kTileDepth};
+      const Factor ds = {space.ds, 2 * kGradRows, kSide * 2 * kGradRows, 2 * kTileDepth};
       const Factor q_pairs = {space.q_pairs, 4 * width, 64, kSide * 4 * width};
       const Factor dout_pairs = {space.dout_pairs, 4 * v_width, 64, kSide * 4 * v_width};
-      multiply_all(p, dout_pairs, kKeys, v_width, kGradRows / kDepth, space.dv + from * v_width,
+      multiply_all(p, dout_pairs, kKeys, v_width, kGradRows / kTileDepth, space.dv + from * v_width,
                    v_width, true);
-      multiply_all(ds, q_pairs, kKeys, width, kGradRows / kDepth, space.dk + from * width, width,
+      multiply_all(ds, q_pairs, kKeys, width, kGradRows / kTileDepth, space.dk + from * width, width,
                    true);
     }
     transpose(space.dq, kGradRows, a.dim, kGradRows, a.scale, space.row, a.dim);

@@ -6,13 +6,28 @@
 #include <cmath>
 
 #include "cpu/vec.h"
+#if defined(CPU_CAPABILITY_AMX)
+#include "cpu/vq_coarse.h"
+#endif
 
 namespace t2i::cpu::CPU_CAPABILITY {
 namespace {
 
+#if !defined(CPU_CAPABILITY_AMX)
+// Without AMX there is no first pass in bf16.
+constexpr int64_t coarse_depth(int64_t) { return 0; }
+constexpr double coarse_epsilon(int64_t) { return 0; }
+inline void pack_coarse(const float*, int64_t, uint16_t*) {}
+inline void load_coarse(const float*, int64_t, uint32_t*) {}
+inline void score_coarse(const VqCodebook&, int64_t, int64_t, const uint32_t*, const float*,
+                         const float*, float*, float*) {}
+#endif
+
 // The scores held in registers: of up to kMaxVecs vectors of queries, one query a lane, by a few
 // codes, whose coordinates are broadcast.
-#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+#if defined(CPU_CAPABILITY_AMX)
+constexpr int kMaxVecs = 2, kCodes = 8;  // as many as two tiles of AMX have columns
+#elif defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
 constexpr int kMaxVecs = 3, kCodes = 8;  // 24 of 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int kMaxVecs = 3, kCodes = 4;  // 12 of 16
@@ -24,6 +39,7 @@ constexpr int64_t kTiles = 192 / kTileQueries;  // that share what is loaded of 
 constexpr int64_t kShared = 1 << 16;            // values of it: half of a small second cache
 constexpr int64_t kDepth = 128;                 // dimensions at a time: the first cache holds a tile
 constexpr int64_t kPanel = 512;                 // blocks whose minima are kept at a time
+constexpr int64_t kCoarseMeasured = 16;  // a first pass pays if it leaves one block of these
 
 static_assert(kBlock % kLanes == 0 && kBlock % kCodes == 0 && kWide % kLanes == 0);
 
@@ -183,6 +199,14 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
       codebook.error_base[b] = 0x1p126f;
       codebook.error_slope[b] = 1;
     }
+    if (codebook.coarse) {
+      const double radius = std::sqrt(largest), terms = error_gamma(coarse_depth(dim)) * 1.02;
+      codebook.coarse_base[b] = above(codebook.error_base[b] + terms * largest);
+      codebook.coarse_slope[b] =
+          above(codebook.error_slope[b] + (terms + coarse_epsilon(dim)) * radius);
+      pack_coarse(codebook.packed + b * dim * kBlock, dim,
+                  codebook.coarse + b * coarse_depth(dim) * kBlock);
+    }
   }
 }
 
@@ -266,6 +290,7 @@ struct Tile {
   double* points;  // [width, dim]
   float* queries;  // [dim, width], scaled
   float* minima;   // [kPanel, width]
+  uint32_t* coarse;  // for score_coarse
   int64_t width;
   Nearest nearest[kTileQueries];
   float norms[kTileQueries], slack[kTileQueries], upper[kTileQueries];  // of queries
@@ -291,7 +316,9 @@ int64_t load_queries(const VqCodebook& codebook, const float* z, int64_t first, 
     tile.slack[q] = query.slack;
     tile.upper[q] = query.upper;
     if (q % kLanes == kLanes - 1) {
-      transpose(scratch, dim, kLanes, dim, 1, tile.queries + q + 1 - kLanes, tile.width);
+      const int64_t group = q + 1 - kLanes;
+      transpose(scratch, dim, kLanes, dim, 1, tile.queries + group, tile.width);
+      if (codebook.coarse) load_coarse(scratch, dim, tile.coarse + group * coarse_depth(dim) / 2);
     }
   }
   return bad;
@@ -386,10 +413,13 @@ __attribute__((noinline)) void measure_block(const VqCodebook& codebook, int64_t
   for (int i = 0; i < kVecs; ++i) {
     for (int s = 0; s < kSums; ++s) score[i] = score[i] + sums[s][i];
   }
-  const Vec error(codebook.error_base[b] + tile.norms[q] * codebook.error_slope[b] +
-                  tile.slack[q]);
+  const float error =
+      codebook.error_base[b] + tile.norms[q] * codebook.error_slope[b] + tile.slack[q];
+  float scores[kBlock];
+  for (int i = 0; i < kVecs; ++i) score[i].store(scores + i * kLanes);
+  for (float x : scores) tile.upper[q] = x + error < tile.upper[q] ? x + error : tile.upper[q];
   for (int i = 0; i < kVecs; ++i) {
-    unsigned lanes = lanes_le(score[i] - error, Vec(tile.upper[q]));
+    unsigned lanes = lanes_le(score[i] - Vec(error), Vec(tile.upper[q]));
     for (; lanes; lanes &= lanes - 1) {
       const int64_t place = b * kBlock + i * kLanes + __builtin_ctz(lanes);
       measure_code(codebook, dim, place, tile.points + q * dim, tile.nearest[q]);
@@ -397,32 +427,40 @@ __attribute__((noinline)) void measure_block(const VqCodebook& codebook, int64_t
   }
 }
 
-// Measures what the blocks [begin, end), whose minima are there, may hold.
-void measure_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& tile) {
+// Measures what the blocks [begin, end), whose minima are there, may hold. Returns how many that
+// were.
+int64_t measure_blocks(const VqCodebook& codebook, bool coarse, int64_t begin, int64_t end,
+                       Tile& tile) {
+  const float* bases = coarse ? codebook.coarse_base : codebook.error_base;
+  const float* slopes = coarse ? codebook.coarse_slope : codebook.error_slope;
+  int64_t measured = 0;
   for (int64_t first = 0; first < tile.width; first += kLanes) {
     const Vec norms = Vec::loadu(tile.norms + first);
     const Vec slack = Vec::loadu(tile.slack + first);
     const Vec upper = Vec::loadu(tile.upper + first);
     for (int64_t b = begin; b < end; ++b) {
-      const Vec error =
-          at::vec::fmadd(norms, Vec(codebook.error_slope[b]), Vec(codebook.error_base[b])) + slack;
+      const Vec error = at::vec::fmadd(norms, Vec(slopes[b]), Vec(bases[b])) + slack;
       const Vec lowest = Vec::loadu(tile.minima + (b - begin) * tile.width + first);
       for (unsigned lanes = lanes_le(lowest - error, upper); lanes; lanes &= lanes - 1) {
         measure_block(codebook, b, first + __builtin_ctz(lanes), tile);
+        ++measured;
       }
     }
   }
+  return measured;
 }
 
 // In doubles, of a tile.
 int64_t tile_workspace(int64_t dim) {
-  return kTileQueries * dim + (kTileQueries * dim + kTileQueries * kPanel) / 2;
+  return kTileQueries * dim +
+         kTileQueries * (2 * dim + 2 * kPanel + coarse_depth(dim)) / 4;
 }
 
 void place_tile(int64_t dim, double* workspace, Tile& tile) {
   tile.points = workspace;
   tile.queries = reinterpret_cast<float*>(workspace + kTileQueries * dim);
   tile.minima = tile.queries + kTileQueries * dim;
+  tile.coarse = reinterpret_cast<uint32_t*>(tile.minima + kTileQueries * kPanel);
 }
 
 int64_t shared_blocks(const VqCodebook& codebook) {
@@ -446,12 +484,16 @@ int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t be
   }
   float* scratch = reinterpret_cast<float*>(workspace + kTiles * tile_workspace(dim));
   float* partial = scratch + kLanes * dim;
+  bool coarse = coarse_depth(dim) > 0 && codebook.coarse;
   for (int64_t first = begin * kQueries, count; first < stop; first += count) {
-    count = min_of(stop - first, kTiles * kTileQueries);
+    // The first tile tells whether a first pass pays.
+    const bool trial = coarse && first == begin * kQueries;
+    count = min_of(stop - first, trial ? kTileQueries : kTiles * kTileQueries);
+    int64_t measured = 0;
     const int64_t num_tiles = (count + kTileQueries - 1) / kTileQueries;
     for (int64_t t = 0; t < num_tiles; ++t) {
       const int64_t here = min_of(count - t * kTileQueries, kTileQueries);
-      tiles[t].width = round_up(here, kLanes);
+      tiles[t].width = coarse ? kTileQueries : round_up(here, kLanes);
       const int64_t bad_here =
           load_queries(codebook, z, first + t * kTileQueries, here, tiles[t], scratch);
       if (bad < 0) bad = bad_here;
@@ -463,13 +505,18 @@ int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t be
         for (int64_t t = 0; t < num_tiles; ++t) {
           Tile& tile = tiles[t];
           float* minima = tile.minima + (b - panel) * tile.width;
+          if (coarse) {
+            score_coarse(codebook, b, b_end, tile.coarse, tile.norms, tile.slack, tile.upper,
+                         minima);
+            continue;
+          }
           with_vecs<kMaxVecs>(tile.width / kLanes, [&](auto R) {
             score_blocks<R>(codebook, b, b_end, tile, minima, partial);
           });
         }
       }
       for (int64_t t = 0; t < num_tiles; ++t) {
-        measure_blocks(codebook, panel, panel_end, tiles[t]);
+        measured += measure_blocks(codebook, coarse, panel, panel_end, tiles[t]);
       }
     }
     for (int64_t q = 0; q < count; ++q) {
@@ -477,6 +524,7 @@ int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t be
       indices[first + q] = nearest.code;
       if (distance) distance[first + q] = float(nearest.distance);
     }
+    coarse = coarse && measured * kCoarseMeasured <= count * codebook.num_blocks;
   }
   return bad;
 }
@@ -701,6 +749,15 @@ int64_t search_tree(const VqCodebook& codebook, const VqTree& tree, const float*
 }  // namespace
 
 extern const VqKernels vq_kernels = {
-    center, pack, search, search_workspace, route, search_tree, search_tree_workspace};
+    center, pack, search, search_workspace, route, search_tree, search_tree_workspace,
+    [](int64_t dim) { return coarse_depth(dim); },
+#if defined(CPU_CAPABILITY_AMX)
+    0.03, 20000
+#elif defined(CPU_CAPABILITY_AVX512)
+    0.1, 7000
+#else
+    0.13, 4000
+#endif
+};
 
 }  // namespace t2i::cpu::CPU_CAPABILITY

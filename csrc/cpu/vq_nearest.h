@@ -56,6 +56,11 @@ struct VqCodebook {
   float* half_norm;    // [num_blocks, kBlock], of the packed point squared; inf without a code
   float* error_base;   // [num_blocks]: the error of a score is at most
   float* error_slope;  // [num_blocks]      error_base + |query| error_slope
+
+  // Of a first pass in less than fp32; null where there is none. One block more is read.
+  uint16_t* coarse;     // [num_blocks + 1, depth / 32, kBlock, 32], packed, in bf16
+  float* coarse_base;   // [num_blocks], as error_*
+  float* coarse_slope;  // [num_blocks]
 };
 
 struct VqKernels {
@@ -85,6 +90,14 @@ struct VqKernels {
 
   // Size of search_tree's workspace, in doubles.
   int64_t (*search_tree_workspace)(const VqCodebook& codebook);
+
+  // Dimensions of a code in the first pass, 0 where there is none.
+  int64_t (*coarse_depth)(int64_t dim);
+
+  // When to prefer a tree: the share of all codes that it may have to score, and the values of
+  // vectors that a thread must search for if it has yet to be built.
+  double tree_share;
+  int64_t tree_values;
 };
 
 namespace DEFAULT {
@@ -97,10 +110,18 @@ extern const VqKernels vq_kernels;
 namespace AVX512 {
 extern const VqKernels vq_kernels;
 }
+#if defined(T2I_AMX)
+namespace AMX {
+extern const VqKernels vq_kernels;
+}
+#endif
 #endif
 
 inline const VqKernels& vq_kernels() {
 #if defined(__x86_64__)
+#if defined(T2I_AMX)
+  if (capability() == Capability::AMX) return AMX::vq_kernels;
+#endif
   if (capability() >= Capability::AVX512) return AVX512::vq_kernels;
   if (capability() == Capability::AVX2) return AVX2::vq_kernels;
 #endif
