@@ -752,7 +752,7 @@ extern const VqKernels vq_kernels = {
     center, pack, search, search_workspace, route, search_tree, search_tree_workspace,
     [](int64_t dim) { return coarse_depth(dim); },
 #if defined(CPU_CAPABILITY_AMX)
-    0.03, 20000
+    0.07, 20000
 #elif defined(CPU_CAPABILITY_AVX512)
     0.1, 7000
 #else
