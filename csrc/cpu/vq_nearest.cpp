@@ -273,15 +273,37 @@ inline bool measure_code(const VqCodebook& codebook, int64_t dim, int64_t place,
   return nearer;
 }
 
-// Bits of the lanes where a <= b.
-unsigned lanes_le(const Vec& a, const Vec& b) {
+// Bits of the lanes where a <= b; the least of all lanes, where none is NaN; and list[0 ...] = first
+// + each of the bits, whose number is returned. AVX-512 has instructions for them, which may write
+// kLanes elements.
+#if defined(CPU_CAPABILITY_AVX512)
+inline unsigned lanes_le(const Vec& a, const Vec& b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
+}
+inline float least_of(const Vec& x) { return _mm512_reduce_min_ps(x); }
+inline int64_t append(int32_t* list, int64_t first, unsigned bits) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(first)));
+  _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(__mmask16(bits), numbers));
+  return __builtin_popcount(bits);
+}
+#else
+inline unsigned lanes_le(const Vec& a, const Vec& b) {
   return ~unsigned((a <= b).zero_mask()) & unsigned((uint64_t(1) << kLanes) - 1);
 }
-
-// Bits of the lanes where a < b.
-unsigned lanes_lt(const Vec& a, const Vec& b) {
-  return ~unsigned((a < b).zero_mask()) & unsigned((uint64_t(1) << kLanes) - 1);
+inline float least_of(const Vec& x) {
+  float lanes[kLanes];
+  x.store(lanes);
+  float least = lanes[0];
+  for (int64_t i = 1; i < kLanes; ++i) least = lanes[i] < least ? lanes[i] : least;
+  return least;
 }
+inline int64_t append(int32_t* list, int64_t first, unsigned bits) {
+  int64_t count = 0;
+  for (; bits; bits &= bits - 1) list[count++] = int32_t(first + __builtin_ctz(bits));
+  return count;
+}
+#endif
 
 // ---- All codes ---------------------------------------------------------------------------------
 
@@ -415,9 +437,10 @@ __attribute__((noinline)) void measure_block(const VqCodebook& codebook, int64_t
   }
   const float error =
       codebook.error_base[b] + tile.norms[q] * codebook.error_slope[b] + tile.slack[q];
-  float scores[kBlock];
-  for (int i = 0; i < kVecs; ++i) score[i].store(scores + i * kLanes);
-  for (float x : scores) tile.upper[q] = x + error < tile.upper[q] ? x + error : tile.upper[q];
+  for (int i = 0; i < kVecs; ++i) {
+    const float bound = least_of(score[i]) + error;
+    tile.upper[q] = bound < tile.upper[q] ? bound : tile.upper[q];
+  }
   for (int i = 0; i < kVecs; ++i) {
     unsigned lanes = lanes_le(score[i] - Vec(error), Vec(tile.upper[q]));
     for (; lanes; lanes &= lanes - 1) {
@@ -616,11 +639,9 @@ struct TreeSearch {
       lowest = at::vec::clamp_max(score, lowest);
     }
     scored.block[scored.count++] = int32_t(b);
-    const Vec bounds = lowest + Vec(error(b));
-    if (!lanes_lt(bounds, Vec(query.upper))) return false;
-    float lanes[kLanes];
-    bounds.store(lanes);
-    for (int64_t i = 0; i < kLanes; ++i) query.upper = lanes[i] < query.upper ? lanes[i] : query.upper;
+    const float bound = least_of(lowest) + error(b);
+    if (!(bound < query.upper)) return false;
+    query.upper = bound;
     return true;
   }
 
@@ -675,9 +696,7 @@ struct TreeSearch {
         for (int64_t lane = 0; lane < kWide; lane += kLanes) {
           const int64_t first = int64_t(groups[i]) * kWide;
           const Vec distances = distance2(tree.boxes[l] + first * 2 * dim() + lane);
-          for (unsigned near = lanes_le(distances, Vec(radius2)); near; near &= near - 1) {
-            next[children++] = int32_t(first + lane + __builtin_ctz(near));
-          }
+          children += append(next + children, first + lane, lanes_le(distances, Vec(radius2)));
         }
       }
       count = children;
@@ -711,8 +730,11 @@ struct TreeSearch {
   }
 };
 
+// Of nodes, which append() may write past.
+int64_t list_size(const VqCodebook& codebook) { return codebook.num_blocks + kWide; }
+
 int64_t search_tree_workspace(const VqCodebook& codebook) {
-  return (Scored::kMost * (kBlock + 1) + 2 * codebook.num_blocks) / 2;
+  return (Scored::kMost * (kBlock + 1) + 2 * list_size(codebook)) / 2;
 }
 
 int64_t search_tree(const VqCodebook& codebook, const VqTree& tree, const float* z,
@@ -724,7 +746,7 @@ int64_t search_tree(const VqCodebook& codebook, const VqTree& tree, const float*
   int32_t* lists = scored_blocks + Scored::kMost;
   const auto run = [&](auto D) {
     TreeSearch<D> search = {codebook, tree, {scored_blocks, scores}, lists,
-                            lists + codebook.num_blocks};
+                            lists + list_size(codebook)};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = rows[i];
       search.query =
