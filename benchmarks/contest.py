@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 SAMPLE_SECONDS = 0.1  # of one sample at least: quick calls are repeated within it
-ROUNDS = 9
+ROUNDS = 5, 9  # at least, and at most
+ROUNDS_SECONDS = 20.0  # of all rounds, where that leaves enough of them
 
 
 @dataclass
@@ -45,7 +46,7 @@ def contest(
         flops: of one call, by the formula of the brute force whatever an algorithm really does.
         case: what identifies the problem.
     """
-    rows, entries = [], []
+    rows, entries, round_seconds = [], [], 0.0
     for contender in contenders:
         try:
             run = contender.make()
@@ -59,8 +60,10 @@ def contest(
             continue
         began = time.perf_counter()
         memory = peak_memory(run)
-        repeats = max(1, math.ceil(SAMPLE_SECONDS / (time.perf_counter() - began)))
+        seconds = time.perf_counter() - began
+        repeats = max(1, math.ceil(SAMPLE_SECONDS / seconds))
         entries.append((contender, run, repeats, memory))
+        round_seconds += repeats * seconds
 
     turn = 0
 
@@ -75,7 +78,8 @@ def contest(
                 run()
             contender.samples.append((time.perf_counter() - began) / repeats)
 
-    benchmark.pedantic(play, rounds=ROUNDS, warmup_rounds=1)
+    rounds = min(max(int(ROUNDS_SECONDS / round_seconds), ROUNDS[0]), ROUNDS[1])
+    benchmark.pedantic(play, rounds=rounds, warmup_rounds=1)
     for contender, _, _, memory in entries:
         samples = sorted(contender.samples[1:])  # without the warm-up
         median = statistics.median(samples)

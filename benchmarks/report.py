@@ -15,10 +15,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 ABOUT = """# Benchmarks
 
-Made by `make bench`. Every contender passes a check of its results first, then all take turns,
-{rounds} rounds; numbers are medians, "spread" is the distance of the quartiles, in % of the median.
+Made by `make bench`. Every contender passes a check of its results first, then all take turns, five
+to nine rounds; numbers are medians, "spread" is the distance of the quartiles, in % of the median.
 GFLOP/s count the products of the brute force, whatever an algorithm really does. A ratio above 1 is
-how much longer than ours a peer takes; **bold** is where a peer wins. Peaks are of the same run.
+how much longer than ours a peer takes; **bold** is where a peer wins. Peaks, of fp32 multiply-adds
+out of registers and of reads from memory, are of the same run.
 """
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     records = [record for file in sorted(RESULTS.glob("*.json")) for record in read(file)]
     if not records:
         raise SystemExit(f"no results in {RESULTS}: run make bench")
-    parts = [ABOUT.format(rounds=records[0]["rounds"])]
+    parts = [ABOUT]
     for op in dict.fromkeys(record["case"]["op"] for record in records):
         mine = [record for record in records if record["case"]["op"] == op]
         parts.append(f"## {op}\n")
@@ -51,8 +52,7 @@ def read(file: Path) -> list[dict[str, Any]]:
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     )
     return [
-        {**b["extra_info"], "run": run, "threads": threads, "test": b["name"].split("[")[0],
-         "rounds": b["stats"]["rounds"]}
+        {**b["extra_info"], "run": run, "threads": threads, "test": b["name"].split("[")[0]}
         for b in data["benchmarks"]
         if b["extra_info"]
     ]  # fmt: skip

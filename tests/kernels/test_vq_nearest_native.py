@@ -192,9 +192,8 @@ def test_cosine_ties_go_to_the_lowest_index(capability):
 def test_equally_near_in_fp64_is_a_tie(capability):
     """Codes too small to make a difference to a distance in fp64: the first of them is found,
     however codes are packed."""
-    codes = torch.empty(256, 1)
-    codes[::2, 0] = torch.arange(1, 129) * 1e-30
-    codes[1::2, 0] = torch.tensor([1.0, -1.0]).repeat(64)
+    codes = torch.tensor([1.0, -1.0]).repeat_interleave(32).repeat(64)[:, None]  # of mean 0
+    codes[::32, 0] = torch.arange(1, 129) * 1e-30
     for _ in range(2):
         indices, _, _ = nearest(torch.full((5000, 1), 0.3), codes, "l2")
         assert (indices == 0).all()
@@ -207,6 +206,15 @@ def test_more_codes_than_a_panel(capability, metric):
     codes[-1] = z[0]
     codes[20000] = z[1]
     check(z, codes, metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", [gaussian, clustered, outlier], ids=lambda kind: kind.__name__)
+def test_deep_codes(capability, kind, metric):
+    """Dimensions in three parts, vectors in two groups, blocks of codes loaded in two turns. Codes
+    that differ by little, beside an outlier, leave nothing to a first pass in bf16."""
+    torch.manual_seed(3)
+    check(*kind(250, 400, 300), metric)
 
 
 def test_one_dimension_against_exact_fractions(capability):
