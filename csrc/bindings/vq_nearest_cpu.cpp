@@ -167,7 +167,8 @@ class Codebook {
 
   bool holds(const float* codes, int64_t num_codes, int64_t dim, Metric metric) const {
     const VqCodebook& book = all_.book;
-    return num_codes == book.num_codes && dim == book.dim && metric == book.metric &&
+    return kernels_ == &vq_kernels() && num_codes == book.num_codes && dim == book.dim &&
+           metric == book.metric &&
            !std::memcmp(codes, book.codes, size_t(num_codes * dim) * sizeof(float));
   }
 
@@ -252,6 +253,7 @@ class Codebook {
     return true;
   }
 
+  const VqKernels* const kernels_ = &vq_kernels();  // which one instruction set has packed for
   std::vector<float> copy_;
   Packed all_, leaves_;
   std::once_flag all_once_, tree_once_;

@@ -1,10 +1,10 @@
 // A first pass of vq_nearest in bf16 on AMX, which rules out most blocks of codes; those that are
 // left are scored in fp32. Part of vq_nearest.cpp.
 //
-// With x rounded to bf16 twice, x = hi + lo + e, |lo| <= 2^-9 |x| and |e| <= 2^-18 |x|:
+// With x rounded to bf16 twice, x = hi + lo + e, |lo| <= 2^-8 |x| and |e| <= 2^-16 |x|:
 //
-//   z.c = hi(z).hi(c)                                    within 2^-8 (1 + 2^-10) |z| |c|
-//       = hi(z).hi(c) + hi(z).lo(c) + lo(z).hi(c)        within 3 2^-18 (1 + 2^-7) |z| |c|
+//   z.c = hi(z).hi(c)                                    within 2^-7 (1 + 2^-8) |z| |c|
+//       = hi(z).hi(c) + hi(z).lo(c) + lo(z).hi(c)        within 3 2^-16 (1 + 2^-7) |z| |c|
 //
 // The second costs nothing where all three fit into one tile of 32 dimensions. Products of bf16 are
 // exact in fp32; their sum has the bound of vq_nearest.h for as many terms as there are.
@@ -27,7 +27,7 @@ constexpr int64_t coarse_depth(int64_t dim) {
 
 // Of |z| |c|, what rounding to bf16 is off by.
 constexpr double coarse_epsilon(int64_t dim) {
-  return coarse_terms(dim) == 3 ? 3 * 0x1p-18 * 1.01 : 0x1p-8 * 1.01;
+  return coarse_terms(dim) == 3 ? 3 * 0x1p-16 * 1.01 : 0x1p-7 * 1.01;
 }
 
 // out[depth]: x [dim] or, of a query, its terms in the other order.

@@ -217,6 +217,19 @@ def test_deep_codes(capability, kind, metric):
     check(*kind(250, 400, 300), metric)
 
 
+def test_roundings_to_bf16_that_add_up(capability):
+    """The nearest code loses all that rounding to bf16 can take from it, and another one gains."""
+    down, up = 1 + 2**-8 - 2**-14, 1 + 2**-8 + 2**-14  # to 1 and to 1 + 2^-7
+    half = torch.ones(32)
+    z = torch.cat([down * half, up * half])
+    nearest_code = torch.cat([down * half, half * 2**-12])
+    second = torch.cat([0 * half, up * half])
+    far = torch.tensor([0.125, -0.125]).repeat(32)
+    codes = torch.stack([nearest_code, *[far] * 15, second, *[-far] * 15])
+    codes = torch.cat([codes, -codes])  # of mean 0
+    check(z.repeat(3, 1), codes, "l2")
+
+
 def test_one_dimension_against_exact_fractions(capability):
     """Python's fractions round nothing: differences of 1 in 2^24 and magnitudes 2^40 apart."""
     from fractions import Fraction
