@@ -16,10 +16,13 @@
 //      first, is the answer. Usually there is one.
 //
 // In few dimensions most codes are ruled out before they are scored. The leaves of a tree of boxes
-// (vq_tree.h) are the blocks then. The upper bound of a vector, from the leaf that it
-// falls into, is a radius around it, and only leaves whose box is within it are scored; they lower
-// the bound in turn. Vectors are searched for in the order of their leaves, so that each starts with
-// the leaf where its neighbour ended.
+// (vq_tree.h) are the blocks then. The upper bound of a vector, from the leaf that it falls into, is
+// a radius around it, and only leaves whose box is within it are scored; they lower the bound in
+// turn. Vectors are searched for in the order of their leaves, so that each starts with the leaf
+// where its neighbour ended.
+//
+// On AMX a pass in bf16, with its own and wider bound, comes before step 2 where all codes are
+// searched (vq_coarse.h): fp32 scores only the blocks that it could not rule out.
 //
 // The bound (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1): with u = 2^-24,
 // an fp32 sum of d products that starts from h is off by at most gamma_{d+1} (|h| + sum |z_i c_i|),
