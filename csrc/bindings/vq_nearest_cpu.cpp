@@ -24,7 +24,7 @@ using namespace t2i::cpu;
 
 constexpr const char* kOp = "vq_nearest";
 
-// A thread gets work for some 20 us at least, several times what it costs to wake it.
+// Multiply-adds of a thread, some 10 us at least: what it costs to wake it, or several times that.
 constexpr int64_t kGrain = 1 << 19;
 
 // As contiguous fp32, to which bf16 and fp16 convert exactly; a copy only where it is not that
@@ -59,7 +59,7 @@ struct Packed {
   std::vector<uint16_t, CacheAligned<uint16_t>> coarse;
 
   // Of finite codes whose center and scale are known.
-  void fill(int64_t num_blocks, const int32_t* order) {
+  void fill(const VqKernels& kernels, int64_t num_blocks, const int32_t* order) {
     const int64_t dim = book.dim;
     book.num_blocks = num_blocks;
     book.order = order;
@@ -71,7 +71,7 @@ struct Packed {
     book.half_norm = half_norm.data();
     book.error_base = error_base.data();
     book.error_slope = error_slope.data();
-    const int64_t depth = order ? 0 : vq_kernels().coarse_depth(dim);  // not in a tree
+    const int64_t depth = order ? 0 : kernels.coarse_depth(dim);  // not in a tree
     if (depth > 0) {
       coarse.resize((num_blocks + 1) * depth * kBlock);
       coarse_base.resize(num_blocks);
@@ -83,7 +83,7 @@ struct Packed {
     torch::stable::parallel_for(0, num_blocks, kGrain / (8 * kBlock * (dim + 1)) + 1,
                                 [&](int64_t begin, int64_t end) {
                                   std::vector<double> workspace(dim);
-                                  vq_kernels().pack(book, begin, end, workspace.data());
+                                  kernels.pack(book, begin, end, workspace.data());
                                 });
   }
 };
@@ -95,31 +95,33 @@ class Codebook {
   // change. Throws where codes are not finite.
   static std::shared_ptr<Codebook> of(const float* codes, int64_t num_codes, int64_t dim,
                                       Metric metric) {
-    const int64_t values = num_codes * dim;
-    if (values > kKeptValues) return std::make_shared<Codebook>(codes, num_codes, dim, metric);
     static std::mutex mutex;
     static std::array<std::shared_ptr<Codebook>, kKept> kept;  // the last one used first
-    const std::lock_guard<std::mutex> lock(mutex);
+    std::unique_lock<std::mutex> lock(mutex);
     for (auto& entry : kept) {
       if (!entry || !entry->holds(codes, num_codes, dim, metric)) continue;
       entry->known_ = true;
       std::rotate(kept.data(), &entry, &entry + 1);
       return kept[0];
     }
+    lock.unlock();
     auto made = std::make_shared<Codebook>(codes, num_codes, dim, metric);
+    if (made->values() > kKeptValues) return made;
+    made->copy_.assign(codes, codes + num_codes * dim);
+    made->all_.book.codes = made->copy_.data();
+    lock.lock();
     for (const auto& entry : kept) {  // what was true of it before its codes changed
-      if (entry && entry->all_.book.num_codes == num_codes && entry->all_.book.dim == dim) {
+      if (entry && entry->all_.book.num_codes == num_codes && entry->all_.book.dim == dim &&
+          entry->all_.book.metric == metric) {
         made->calls_without_tree_ = entry->calls_without_tree_.load();
         break;
       }
     }
-    made->copy_.assign(codes, codes + values);
-    made->all_.book.codes = made->copy_.data();
     std::rotate(kept.begin(), kept.end() - 1, kept.end());
     kept[0] = made;
     int64_t total = 0;
     for (auto& entry : kept) {
-      if (entry) total += entry->all_.book.num_codes * entry->all_.book.dim;
+      if (entry) total += entry->values();
       if (total > kKeptValues) entry.reset();
     }
     return made;
@@ -129,7 +131,7 @@ class Codebook {
     all_.book = {codes, num_codes, 0, dim, metric};
     all_.center.resize(dim);
     all_.book.center = all_.center.data();
-    const int64_t bad = vq_kernels().center(all_.book);
+    const int64_t bad = kernels_.center(all_.book);
     check(kOp, bad < 0, "codebook holds NaN or infinite values, in row ", bad, " of ", num_codes,
           ": no distance is defined");
   }
@@ -138,7 +140,7 @@ class Codebook {
   // finite, or -1.
   int64_t search(const float* z, int64_t n, int64_t* indices, float* distance) {
     FirstBad bad(n);
-    const bool pays = known_ || n * dim() > vq_kernels().tree_values *
+    const bool pays = known_ || n * dim() > kernels_.tree_values *
                                                 int64_t(torch::stable::get_num_threads());
     bool found = false;
     if (calls_without_tree_ > 0) {
@@ -154,7 +156,7 @@ class Codebook {
  private:
   static constexpr int64_t kFewCodes = 256;  // fewer are searched at once
   static constexpr int64_t kKeptValues = 1 << 22;  // of all
-  static constexpr int64_t kKept = 4;
+  static constexpr int64_t kKept = 16;
   static constexpr int64_t kTreeTile = 64;  // vectors that a thread takes at a time
   static constexpr int64_t kCallsWithoutTree = 64;  // after one did not pay
 
@@ -165,16 +167,21 @@ class Codebook {
 
   int64_t dim() const { return all_.book.dim; }
 
+  // What it holds for each of its codes, about.
+  int64_t values() const {
+    return all_.book.num_codes * std::max({dim(), kernels_.coarse_depth(dim()) / 2, int64_t(1)});
+  }
+
   bool holds(const float* codes, int64_t num_codes, int64_t dim, Metric metric) const {
     const VqCodebook& book = all_.book;
-    return kernels_ == &vq_kernels() && num_codes == book.num_codes && dim == book.dim &&
+    return &kernels_ == &vq_kernels() && num_codes == book.num_codes && dim == book.dim &&
            metric == book.metric &&
            !std::memcmp(codes, book.codes, size_t(num_codes * dim) * sizeof(float));
   }
 
   void search_all(const float* z, int64_t n, int64_t* indices, float* distance, FirstBad& bad) {
     std::call_once(all_once_, [&] {
-      all_.fill((all_.book.num_codes + kBlock - 1) / kBlock, nullptr);
+      all_.fill(kernels_, (all_.book.num_codes + kBlock - 1) / kBlock, nullptr);
     });
     const VqCodebook& book = all_.book;
     const VqKernels& kernels = vq_kernels();
@@ -204,7 +211,7 @@ class Codebook {
     leaves_.book = {book.codes, book.num_codes, 0, book.dim, book.metric};
     leaves_.book.center = book.center;
     leaves_.book.scale = book.scale;
-    leaves_.fill(int64_t(memory_.order.size()) / kBlock, memory_.order.data());
+    leaves_.fill(kernels_, int64_t(memory_.order.size()) / kBlock, memory_.order.data());
   }
 
   // Returns false where boxes rule out too little, having searched for some of the vectors.
@@ -253,7 +260,7 @@ class Codebook {
     return true;
   }
 
-  const VqKernels* const kernels_ = &vq_kernels();  // which one instruction set has packed for
+  const VqKernels& kernels_ = vq_kernels();  // of the instruction set that all is packed for
   std::vector<float> copy_;
   Packed all_, leaves_;
   std::once_flag all_once_, tree_once_;

@@ -47,8 +47,8 @@ struct Factor {
 };
 
 // C += A B, or = A B, for C [2 rows, 2 columns] tiles of fp32; depth counts tiles.
-inline void multiply_2x2(const Factor& a, int64_t i, const Factor& b, int64_t n, int64_t depth, float* c,
-                  int64_t c_stride, bool add) {
+inline void multiply_2x2(const Factor& a, int64_t i, const Factor& b, int64_t n, int64_t depth,
+                         float* c, int64_t c_stride, bool add) {
   float *c0 = c, *c1 = c + kSide, *c2 = c + kSide * c_stride, *c3 = c2 + kSide;
   const int64_t stride = c_stride * 4;
   memory_is_as_written();

@@ -21,7 +21,7 @@ inline int64_t stacked(const Attention& a, const Rows& rows, int64_t kv_head, in
 
 // out[count, stride]: the rows [row, row + count) of the stack; 0 from width to stride.
 inline void load_stacked(const Attention& a, const Rows& rows, int64_t kv_head, int64_t row,
-                  int64_t count, int64_t width, int64_t stride, float* out) {
+                         int64_t count, int64_t width, int64_t stride, float* out) {
   for (int64_t r = 0; r < count; ++r, out += stride) {
     load_row(rows.data, a.type, stacked(a, rows, kv_head, row + r), width, out);
     for (int64_t d = width; d < stride; ++d) out[d] = 0;
@@ -31,7 +31,8 @@ inline void load_stacked(const Attention& a, const Rows& rows, int64_t kv_head, 
 // out[width, kTileLanes] for each tile of lanes: the rows [row, row + count) of the stack, times
 // factor; 0 behind them. scratch: kTileLanes * width floats.
 inline void load_transposed(const Attention& a, const Rows& rows, int64_t kv_head, int64_t row,
-                     int64_t count, int64_t width, float factor, float* out, float* scratch) {
+                            int64_t count, int64_t width, float factor, float* out,
+                            float* scratch) {
   for (int64_t first = 0; first < count; first += kTileLanes) {
     const int64_t here = min_of(kTileLanes, count - first), padded = round_up(here, kLanes);
     load_stacked(a, rows, kv_head, row + first, here, width, width, scratch);
@@ -41,8 +42,8 @@ inline void load_transposed(const Attention& a, const Rows& rows, int64_t kv_hea
 }
 
 // out[count, width]: the keys or values [key, key + count).
-inline void load_keys(const Attention& a, const Rows& rows, int64_t kv_head, int64_t key, int64_t count,
-               int64_t width, float* out) {
+inline void load_keys(const Attention& a, const Rows& rows, int64_t kv_head, int64_t key,
+                      int64_t count, int64_t width, float* out) {
   for (int64_t j = 0; j < count; ++j, out += width) {
     load_row(rows.data, a.type, element(rows, key + j, kv_head), width, out);
   }
@@ -76,9 +77,10 @@ inline Range seen_by_all(const Attention& a, const Sequence& s, int64_t row, int
                       {0, s.k_length});
 }
 
-// Where the blocks of keys begin that a range needs: of blocks from key on, whatever the range is.
+// Where the first block of keys begins that a range from key on needs: blocks are counted from key,
+// whatever the range is.
 inline int64_t first_block(int64_t key, Range range, int64_t block) {
-  return key + max_of(range.begin - key, 0) / block * block;
+  return key + (range.begin - key) / block * block;
 }
 
 // The rows of the stack that see at least one of the keys.

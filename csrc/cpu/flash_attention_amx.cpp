@@ -1,8 +1,8 @@
 // Attention of bf16 tensors on AMX: products of 16×32 by 32×16 tiles of bf16 with sums in fp32.
 // Everything else, and what AMX does not serve (other types, softcap), is as in flash_attention.cpp.
 //
-// Rows lie along the lanes here too, so that such pairs of P are two registers of neighbouring keys
-// packed into one.
+// Rows lie along the lanes here too, so that the pairs of P that a right factor wants (amx.h) are two
+// registers of neighbouring keys packed into one.
 #include <cmath>
 
 #include "cpu/amx.h"
@@ -231,9 +231,11 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
   const Range range = intersection(seen_by_any(a, s, row, count), {key, key_end});
   for (int64_t begin = first_block(key, range, kKeys); begin < range.end; begin += kKeys) {
     const Range block = intersection({begin, begin + kKeys}, range);
+    // Whatever the task sees of it, the block is whole: 0 times what is loaded may be NaN.
+    const int64_t loaded = min_of(begin + kKeys, key_end);
     for (int64_t j = 0; j < kKeys; ++j) {
       Half* to = space.k + j * width;
-      if (begin + j >= block.begin && begin + j < block.end) {
+      if (begin + j < loaded) {
         load_half(s.k.data, element(s.k, begin + j, kv_head), a.dim, width, false, to);
       } else {
         std::memset(to, 0, size_t(width) * sizeof(Half));
@@ -243,7 +245,7 @@ void forward(const Attention& a, const Sequence& s, int64_t kv_head, int64_t row
       for (int64_t j = 0; j < kTileDepth; ++j) {
         Half* to = space.rows + j * v_width;
         const int64_t at = begin + h * kTileDepth + j;
-        if (at >= block.begin && at < block.end) {
+        if (at < loaded) {
           load_half(s.v.data, element(s.v, at, kv_head), a.v_dim, v_width, false, to);
         } else {
           std::memset(to, 0, size_t(v_width) * sizeof(Half));

@@ -321,7 +321,7 @@ struct Tile {
 // Loads the vectors [first, first + count) of z. Returns the first that holds NaN or inf, or -1.
 // scratch: [kLanes, dim].
 int64_t load_queries(const VqCodebook& codebook, const float* z, int64_t first, int64_t count,
-                     Tile& tile, float* scratch) {
+                     bool coarse, Tile& tile, float* scratch) {
   const int64_t dim = codebook.dim;
   int64_t bad = -1;
   for (int64_t q = 0; q < tile.width; ++q) {
@@ -340,7 +340,7 @@ int64_t load_queries(const VqCodebook& codebook, const float* z, int64_t first, 
     if (q % kLanes == kLanes - 1) {
       const int64_t group = q + 1 - kLanes;
       transpose(scratch, dim, kLanes, dim, 1, tile.queries + group, tile.width);
-      if (codebook.coarse) load_coarse(scratch, dim, tile.coarse + group * coarse_depth(dim) / 2);
+      if (coarse) load_coarse(scratch, dim, tile.coarse + group * coarse_depth(dim) / 2);
     }
   }
   return bad;
@@ -407,7 +407,8 @@ void score_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& 
   for (int r = 0; r < R; ++r) upper[r].store(tile.upper + r * kLanes);
 }
 
-// Measures the codes of block b that may be the nearest of query q.
+// Measures the codes of block b that may be the nearest of query q, whose upper their scores may
+// lower.
 __attribute__((noinline)) void measure_block(const VqCodebook& codebook, int64_t b, int64_t q,
                                              Tile& tile) {
   constexpr int kVecs = kBlock / kLanes;
@@ -460,9 +461,9 @@ int64_t measure_blocks(const VqCodebook& codebook, bool coarse, int64_t begin, i
   for (int64_t first = 0; first < tile.width; first += kLanes) {
     const Vec norms = Vec::loadu(tile.norms + first);
     const Vec slack = Vec::loadu(tile.slack + first);
-    const Vec upper = Vec::loadu(tile.upper + first);
     for (int64_t b = begin; b < end; ++b) {
       const Vec error = at::vec::fmadd(norms, Vec(slopes[b]), Vec(bases[b])) + slack;
+      const Vec upper = Vec::loadu(tile.upper + first);
       const Vec lowest = Vec::loadu(tile.minima + (b - begin) * tile.width + first);
       for (unsigned lanes = lanes_le(lowest - error, upper); lanes; lanes &= lanes - 1) {
         measure_block(codebook, b, first + __builtin_ctz(lanes), tile);
@@ -487,13 +488,13 @@ void place_tile(int64_t dim, double* workspace, Tile& tile) {
 }
 
 int64_t shared_blocks(const VqCodebook& codebook) {
-  return max_of(kShared / (kBlock * max_of(codebook.dim, 1)), 1);
+  return max_of(kShared / (kBlock * max_of(codebook.dim, 1)) / 2, 1) * 2;  // AMX takes pairs
 }
 
 int64_t search_workspace(const VqCodebook& codebook) {
   const bool deep = codebook.dim > kDepth;
   const int64_t partial = deep ? shared_blocks(codebook) * kBlock * kTileQueries : 0;
-  return kTiles * tile_workspace(codebook.dim) + (kLanes * codebook.dim + partial) / 2 + 1;
+  return kTiles * tile_workspace(codebook.dim) + (kLanes * codebook.dim + partial) / 2;
 }
 
 int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t begin, int64_t end,
@@ -518,7 +519,7 @@ int64_t search(const VqCodebook& codebook, const float* z, int64_t n, int64_t be
       const int64_t here = min_of(count - t * kTileQueries, kTileQueries);
       tiles[t].width = coarse ? kTileQueries : round_up(here, kLanes);
       const int64_t bad_here =
-          load_queries(codebook, z, first + t * kTileQueries, here, tiles[t], scratch);
+          load_queries(codebook, z, first + t * kTileQueries, here, coarse, tiles[t], scratch);
       if (bad < 0) bad = bad_here;
     }
     for (int64_t panel = 0; panel < codebook.num_blocks; panel += kPanel) {
@@ -772,7 +773,7 @@ int64_t search_tree(const VqCodebook& codebook, const VqTree& tree, const float*
 
 extern const VqKernels vq_kernels = {
     center, pack, search, search_workspace, route, search_tree, search_tree_workspace,
-    [](int64_t dim) { return coarse_depth(dim); },
+    coarse_depth,
 #if defined(CPU_CAPABILITY_AMX)
     0.07, 20000
 #elif defined(CPU_CAPABILITY_AVX512)

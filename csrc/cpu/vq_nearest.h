@@ -70,7 +70,8 @@ struct VqKernels {
   // Finds center and scale. Returns the first code that holds NaN or inf, or -1.
   int64_t (*center)(VqCodebook& codebook);
 
-  // Fills blocks [begin, end) of packed, half_norm and error_*. workspace: dim doubles.
+  // Fills blocks [begin, end) of packed, half_norm, error_* and, if there is one, coarse with its
+  // bounds. workspace: dim doubles.
   void (*pack)(const VqCodebook& codebook, int64_t begin, int64_t end, double* workspace);
 
   // Searches for the units [begin, end) of the n vectors z [n, dim]. Writes indices [n] and, unless

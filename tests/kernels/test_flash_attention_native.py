@@ -128,6 +128,19 @@ def test_same_bits_for_any_number_of_threads(capability, size, options, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_among_values_spreads_alike_for_any_number_of_threads(capability, dtype):
+    q, k, v = tensors(1, 700, 720, 8, 4, 16, 16, dtype=dtype)
+    v[0, 375] = torch.nan
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run("cpu")(q, k, v, causal=True)[0])
+    assert results[0].isnan().any() and not results[0].isnan().all()
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [

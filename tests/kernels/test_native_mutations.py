@@ -24,7 +24,7 @@ TESTS = {
 }
 
 FILES = {  # what is compiled, and what that includes
-    "vq_nearest": ["csrc/cpu/vq_nearest.cpp"],
+    "vq_nearest": ["csrc/cpu/vq_nearest.cpp", "csrc/cpu/vq_coarse.h"],
     "flash_attention": [
         "csrc/cpu/flash_attention.cpp",
         "csrc/cpu/attention_rows.h",
@@ -33,7 +33,7 @@ FILES = {  # what is compiled, and what that includes
     "decode_attention": ["csrc/cpu/decode_attention.cpp"],
 }
 
-# name -> (text, its replacement, the tests that must notice)
+# name -> (text, its replacement, the tests that must notice, the instruction set unless DEFAULT)
 NEAREST = {
     "none": ("", "", "oracle or ties or panel or layouts or finite or equally"),
     "no error bound": ("? nu / (1 - nu) :", "? 0 * nu :", "oracle"),
@@ -57,6 +57,15 @@ NEAREST = {
         "depth == 0 ? Vec(half_norm[k])",
         "true ? Vec(half_norm[k])",
         "deep",
+    ),
+    "bf16 as if it had a bit more": ("0x1p-7 * 1.01", "0x1p-8 * 1.01", "bf16", "AMX"),
+    "low parts swapped": ("query ? high : low", "query ? low : high", "oracle", "AMX"),
+    "last of a pair of blocks dropped": ("min_of(b + 2, end)", "b + 1", "oracle", "AMX"),
+    "children of the wrong group": (
+        "_mm512_set1_epi32(int32_t(first))",
+        "_mm512_set1_epi32(0)",
+        "panel",
+        "AVX512",
     ),
     "overflow unguarded": ("if (norm2 <= 0x1p120)", "if (true)", "oracle"),
     "NaN let through": ("query.finite = is_finite(row, dim)", "query.finite = true", "finite"),
@@ -102,11 +111,17 @@ ATTENTION = {
     "dk of too few rows": ("a.right - offset, ", "a.right - offset + 1, ", "oracle"),
     "last part of dq dropped": ("i < count; ++i) sum +", "i + 1 < count; ++i) sum +", "oracle"),
     "blocks follow the task's rows": (
-        "key + max_of(range.begin - key, 0) / block * block",
-        "max_of(range.begin, key)",
+        "key + (range.begin - key) / block * block",
+        "range.begin",
         "threads and window",
     ),
     "part of a tile takes all": ("space.k + (keys.begin - block.begin)", "space.k + 0", "oracle"),
+    "part of a tile misplaced": (
+        "space.out + tile * a.v_dim + lane",
+        "space.out + tile * a.v_dim",
+        "oracle",
+        "AVX512",
+    ),
     "difference after the product": (
         "(score - from) * Vec(kLog2e)",
         "score * Vec(kLog2e) - from * Vec(1.4426f)",
@@ -130,7 +145,7 @@ DECODE = {
     "int8 cut off": ("std::nearbyint(x[d] / divisor)", "x[d] / divisor", "int8"),
 }
 MUTATIONS = [
-    pytest.param(op, *mutation, id=f"{op}: {name}")
+    pytest.param(op, *mutation[:3], *(mutation[3:] or ("DEFAULT",)), id=f"{op}: {name}")
     for op, mutations in (
         ("vq_nearest", NEAREST),
         ("flash_attention", ATTENTION),
@@ -159,11 +174,13 @@ def build(tmp_path_factory):
     return toolchain, {unit: toolchain.compile(*unit, folder) for unit in toolchain.units()}
 
 
-@pytest.mark.parametrize(("op", "text", "replacement", "tests"), MUTATIONS)
-def test_mutation_is_caught(build, tmp_path, op, text, replacement, tests):
+# DEFAULT is what every machine has, without fused multiply-adds.
+@pytest.mark.parametrize(("op", "text", "replacement", "tests", "capability"), MUTATIONS)
+def test_mutation_is_caught(build, tmp_path, op, text, replacement, tests, capability):
+    if capability not in native.cpu_capabilities():
+        pytest.skip(f"this machine has no {capability}")
     toolchain, objects = build
     source_file = FILES[op][0]
-    capability = "DEFAULT"  # the one that every machine has; without fused multiply-adds
 
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     if text:
@@ -183,7 +200,7 @@ def test_mutation_is_caught(build, tmp_path, op, text, replacement, tests):
     # The copy comes first on the path, so that the tests import it.
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(TESTS[op])]
-        + ["-k", f"({tests}) and DEFAULT"],
+        + ["-k", f"({tests}) and {capability}"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.r
 
 CAPABILITIES = native.cpu_capabilities()
 METRICS = ("l2", "cosine")
-# (N, K, d): around the edges of vectors, blocks (64 codes), tiles (64 vectors).
+# (N, K, d): around the edges of vectors, blocks (16 codes), tiles (8 to 48 vectors).
 # From 256 codes on, of up to 16 dimensions, there are trees: with leaves of 16 codes, or 9 to 15.
 SIZES = [(1, 1, 1), (17, 63, 2), (65, 64, 3), (130, 65, 4), (200, 1000, 8), (70, 129, 33)]
 SIZES += [(300, 256, 2), (90, 1025, 4), (40, 700, 16)]
@@ -215,6 +216,29 @@ def test_deep_codes(capability, kind, metric):
     that differ by little, beside an outlier, leave nothing to a first pass in bf16."""
     torch.manual_seed(3)
     check(*kind(250, 400, 300), metric)
+
+
+@pytest.mark.parametrize("dim", [10, 11, 127, 128, 129, 1024, 1025, 4200])
+def test_dimensions_at_the_edges(capability, dim):
+    """Of a tile of AMX with three terms, of what is scored at a time, and of a pass in bf16."""
+    torch.manual_seed(4)
+    check(*gaussian(35, 70, dim), "l2")
+
+
+def test_codes_changed_in_place_and_two_threads(capability):
+    torch.manual_seed(5)
+    problems = [gaussian(300, 1000 + i, 4) for i in range(6)]
+
+    def search(problem):
+        z, codes = problem
+        results = []
+        for step in range(6):
+            codes[step] = z[step]
+            results.append(nearest(z, codes, "l2")[0][step].item())
+        return results
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(search, problems)) == [list(range(6))] * 6
 
 
 def test_roundings_to_bf16_that_add_up(capability):
