@@ -66,8 +66,9 @@ PLAIN_SOURCES = [
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 PLAIN_FLAGS = ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
-# Uncontracted, what is computed in double is the same to the bit in every instruction set.
-KERNEL_FLAGS = ["-ffp-contract=off"]
+# Uncontracted, what is computed in double is the same to the bit in every instruction set. Nothing
+# throws, and tables for it would be symbols that instruction sets share.
+KERNEL_FLAGS = ["-ffp-contract=off", "-fno-exceptions"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
