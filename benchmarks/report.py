@@ -23,6 +23,32 @@ out of registers and of reads from memory, are of the same run.
 """
 
 
+FAISS, SDPA = ("faiss IndexFlatL2",), ("torch SDPA",)
+TREES = ("scipy cKDTree", "pykdtree", "scikit-learn KDTree")
+# What is asked of the problems that have such a case: so many times the speed of the best of these
+# peers, or such a share of the peak.
+GOALS: dict[str, list[tuple[dict[str, Any], tuple[str, ...] | None, float]]] = {
+    "vq_nearest": [
+        ({"codes": 16384, "dim": 4}, FAISS, 8),
+        ({"codes": 16384, "dim": 4}, TREES, 3),
+        ({"codes": 16384, "dim": 8}, FAISS, 4),
+        ({"codes": 16384, "dim": 8}, TREES, 2),
+        ({"codes": 8192, "dim": 32}, FAISS, 1.6),
+        ({"dim": 256}, FAISS, 1.1),
+        ({"dim": 256}, None, 0.9),
+    ],
+    "VectorQuantizer step": [({}, ("torch, chunks of 512", "torch, compiled"), 10)],
+    "flash_attention": [
+        ({"dtype": "fp32", "backward": False}, SDPA, 1.5),
+        ({"dtype": "fp32", "backward": False, "length": 1152}, None, 0.75),
+        ({"dtype": "fp32", "backward": False, "length": 4096}, None, 0.75),
+        ({"dtype": "fp32", "backward": True}, SDPA, 1.7),
+        ({"dtype": "bf16", "backward": False}, SDPA, 1.8),
+        ({"dtype": "bf16", "backward": True}, SDPA, 8),
+    ],
+}
+
+
 def main() -> None:
     records = [record for file in sorted(RESULTS.glob("*.json")) for record in read(file)]
     if not records:
@@ -35,7 +61,9 @@ def main() -> None:
             parts.append(f"![{picture}]({picture})\n")
         for run in dict.fromkeys(record["run"] for record in mine):
             parts.append(f"### {run}\n")
-            parts += tables([record for record in mine if record["run"] == run])
+            here = [record for record in mine if record["run"] == run]
+            parts += goals(GOALS.get(op, []), here)
+            parts += tables(here)
     (RESULTS / "README.md").write_text("\n".join(parts))
     print(RESULTS / "README.md")
 
@@ -69,6 +97,32 @@ def name(case: dict[str, Any]) -> str:
         words.append(key if value is True else f"{value}" if isinstance(value, str)
                      else f"{key} {value}")  # fmt: skip
     return ", ".join(words)
+
+
+def goals(asked: list[Any], records: list[dict[str, Any]]) -> list[str]:
+    """What was asked, and the range of what was reached."""
+    lines = ["| goal | asked | reached | problems that reach it |", "|---|---|---|---|"]
+    for case, peers, least in asked:
+        reached = []
+        for record in records:
+            here = record["case"]
+            if "_over_" in record["test"] or any(here[key] != case[key] for key in case):
+                continue
+            rows = [row for row in record["rows"] if "seconds" in row]
+            ours = next(row for row in rows if row["ours"])
+            if peers is None:
+                reached.append(ours["gflops"] / here["peaks"]["gflops"])
+            else:
+                reached += sorted(row["ratio"] for row in rows if row["name"] in peers)[:1]
+        if reached:
+            unit = "{:.0%}" if peers is None else "{:.2g}×"
+            beside = "of peak" if peers is None else f"beside {' or '.join(peers)}"
+            lines.append(
+                f"| {f'{name(case)}, ' if case else ''}{beside} | {unit.format(least)} | "
+                f"{unit.format(min(reached))} – {unit.format(max(reached))} | "
+                f"{sum(x >= least for x in reached)} of {len(reached)} |"
+            )
+    return [*lines, ""] if len(lines) > 2 else []
 
 
 def tables(records: list[dict[str, Any]]) -> list[str]:
@@ -126,7 +180,7 @@ def draw(op: str, records: list[dict[str, Any]]) -> list[str]:
             chosen = [r for r in records if r["test"] == test and r["threads"] == threads]
             if chosen:
                 pictures.append(sweep(op, chosen, key, threads))
-    return [*pictures, roofline(op, records)]
+    return [*pictures, roofline(op, records)] if len(records) > 1 else pictures
 
 
 def sweep(op: str, records: list[dict[str, Any]], key: str, threads: int) -> str:
