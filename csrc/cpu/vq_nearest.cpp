@@ -32,7 +32,7 @@ constexpr int kMaxVecs = 3, kCodes = 8;  // 24 of 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int kMaxVecs = 3, kCodes = 4;  // 12 of 16
 #else
-constexpr int kMaxVecs = 1, kCodes = 4;  // at::vec has no intrinsics here, and two SSE registers a vector
+constexpr int kMaxVecs = 1, kCodes = 4;  // no intrinsics here, and two SSE registers a vector
 #endif
 constexpr int64_t kTileQueries = kMaxVecs * kLanes;
 constexpr int64_t kTiles = 192 / kTileQueries;  // that share what is loaded of the codebook
@@ -199,7 +199,7 @@ void pack(const VqCodebook& codebook, int64_t begin, int64_t end, double* point)
       codebook.error_base[b] = 0x1p126f;
       codebook.error_slope[b] = 1;
     }
-    if (codebook.coarse) {
+    if (codebook.coarse) {  // 1.02: the terms of a rounded product may be that much larger
       const double radius = std::sqrt(largest), terms = error_gamma(coarse_depth(dim)) * 1.02;
       codebook.coarse_base[b] = above(codebook.error_base[b] + terms * largest);
       codebook.coarse_slope[b] =
@@ -310,8 +310,8 @@ inline int64_t append(int32_t* list, int64_t first, unsigned bits) {
 // Up to kTileQueries queries; width is their number rounded up to lanes.
 struct Tile {
   double* points;  // [width, dim]
-  float* queries;  // [dim, width], scaled
-  float* minima;   // [kPanel, width]
+  float* queries;    // [dim, width], scaled
+  float* minima;     // [kPanel, width]
   uint32_t* coarse;  // for score_coarse
   int64_t width;
   Nearest nearest[kTileQueries];
