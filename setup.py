@@ -53,14 +53,25 @@ KERNEL_SOURCES = [
     "csrc/cpu/vq_nearest.cpp",
     "csrc/cpu/flash_attention.cpp",
     "csrc/cpu/decode_attention.cpp",
+    "csrc/cpu/linear.cpp",
+    "csrc/cpu/norm.cpp",
+    "csrc/cpu/draw.cpp",
 ]
-AMX_SOURCES = ["csrc/cpu/flash_attention_amx.cpp", "csrc/cpu/vq_nearest.cpp"]
+AMX_SOURCES = [
+    "csrc/cpu/flash_attention_amx.cpp",
+    "csrc/cpu/vq_nearest.cpp",
+    "csrc/cpu/linear.cpp",
+]
 PLAIN_SOURCES = [
     "csrc/cpu/capability.cpp",
+    "csrc/cpu/bandwidth.cpp",
     "csrc/cpu/vq_tree.cpp",
     "csrc/bindings/vq_nearest_cpu.cpp",
     "csrc/bindings/flash_attention_cpu.cpp",
     "csrc/bindings/decode_attention_cpu.cpp",
+    "csrc/bindings/linear_cpu.cpp",
+    "csrc/bindings/decode_step_cpu.cpp",
+    "csrc/bindings/draw_cpu.cpp",
 ]
 
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -71,7 +82,7 @@ PLAIN_FLAGS = ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-exceptions"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"]
 CAPABILITY_FLAGS = {
     "DEFAULT": [],
     "AVX2": AVX2_FLAGS,

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 SAMPLE_SECONDS = 0.1  # of one sample at least: quick calls are repeated within it
-ROUNDS = 5, 9  # at least, and at most
-ROUNDS_SECONDS = 20.0  # of all rounds, where that leaves enough of them
+ROUNDS = 3, 9  # of a contender, at least and at most
+ROUNDS_SECONDS = 5.0  # of a contender's rounds, where that leaves enough of them
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Contender:
     name: str
     make: Callable[[], Callable[[], Any]]
     ours: bool = False
+    rounds: int = 0
     samples: list[float] = field(default_factory=list)
 
 
@@ -46,7 +47,7 @@ def contest(
         flops: of one call, by the formula of the brute force whatever an algorithm really does.
         case: what identifies the problem.
     """
-    rows, entries, round_seconds = [], [], 0.0
+    rows, entries = [], []
     for contender in contenders:
         try:
             run = contender.make()
@@ -62,8 +63,9 @@ def contest(
         memory = peak_memory(run)
         seconds = time.perf_counter() - began
         repeats = max(1, math.ceil(SAMPLE_SECONDS / seconds))
+        least, most = ROUNDS
+        contender.rounds = min(max(int(ROUNDS_SECONDS / (repeats * seconds)), least), most)
         entries.append((contender, run, repeats, memory))
-        round_seconds += repeats * seconds
 
     turn = 0
 
@@ -71,6 +73,8 @@ def contest(
         nonlocal turn
         start, turn = turn % len(entries), turn + 1
         for contender, run, repeats, _ in entries[start:] + entries[:start]:
+            if len(contender.samples) == contender.rounds:
+                continue
             if repeats > 1:
                 run()  # what the one before left in the caches is not to count
             began = time.perf_counter()
@@ -78,10 +82,10 @@ def contest(
                 run()
             contender.samples.append((time.perf_counter() - began) / repeats)
 
-    rounds = min(max(int(ROUNDS_SECONDS / round_seconds), ROUNDS[0]), ROUNDS[1])
-    benchmark.pedantic(play, rounds=rounds, warmup_rounds=1)
+    # Each ran twice before, for the check and for its memory: that was the warm-up.
+    benchmark.pedantic(play, rounds=max(contender.rounds for contender, *_ in entries))
     for contender, _, _, memory in entries:
-        samples = sorted(contender.samples[1:])  # without the warm-up
+        samples = sorted(contender.samples)
         median = statistics.median(samples)
         quarter = len(samples) // 4
         rows.append(

@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 ABOUT = """# Benchmarks
 
-Made by `make bench`. Every contender passes a check of its results first, then all take turns, five
-to nine rounds; numbers are medians, "spread" is the distance of the quartiles, in % of the median.
+Made by `make bench`. Every contender passes a check of its results first, then all take turns: nine
+rounds, or as many as take it five seconds, three at least. Numbers are medians, "spread" is the
+distance of the quartiles, in % of the median.
 GFLOP/s count the products of the brute force, whatever an algorithm really does. A ratio above 1 is
 how much longer than ours a peer takes; **bold** is where a peer wins. Peaks, of fp32 multiply-adds
 out of registers and of reads from memory, are of the same run.
@@ -50,7 +51,8 @@ GOALS: dict[str, list[tuple[dict[str, Any], tuple[str, ...] | None, float]]] = {
 
 
 def main() -> None:
-    records = [record for file in sorted(RESULTS.glob("*.json")) for record in read(file)]
+    files = sorted(file for op in GOALS for file in RESULTS.glob(f"{op}-*.json"))
+    records = [record for file in files for record in read(file)]
     if not records:
         raise SystemExit(f"no results in {RESULTS}: run make bench")
     parts = [ABOUT]
@@ -197,7 +199,7 @@ def sweep(op: str, records: list[dict[str, Any]], key: str, threads: int) -> str
         )
     axes.set(xscale="log", yscale="log", xlabel=key, ylabel="ms")
     axes.set_title(
-        f"{op}: {name({**records[0]['case'], key: False})}, {threads} threads", fontsize=9
+        f"{op}: {name({**records[0]['case'], key: False})}, {threads} thread{'s' * (threads > 1)}", fontsize=9
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
@@ -207,27 +209,30 @@ def sweep(op: str, records: list[dict[str, Any]], key: str, threads: int) -> str
 def roofline(op: str, records: list[dict[str, Any]]) -> str:
     """Of every problem, the share of the machine's multiply-adds that each contender reaches."""
     records = [r for r in records if r["test"] == "test_shapes"] or records
-    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.22 * len(records)))
-    labels = []
-    for y, record in enumerate(reversed(records)):
-        case = record["case"]
-        labels.append(f"{name(case)}, {record['threads']} thr.")
+    points = defaultdict(list)
+    for y, record in enumerate(records):
         for row in record["rows"]:
             if "seconds" in row:
-                share = row["gflops"] / case["peaks"]["gflops"]
-                mark = {"color": "black", "s": 30, "zorder": 3} if row["ours"] else {"s": 12}
-                axes.scatter(share, y, **mark)
+                label = "t2i" if row["ours"] else row["name"]
+                points[label].append((row["gflops"] / record["case"]["peaks"]["gflops"], y))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.2 * len(records)))
+    for label, places in points.items():
+        style = {"color": "black", "s": 30, "zorder": 3} if label == "t2i" else {"s": 14}
+        axes.scatter(*zip(*places, strict=True), label=label, **style)
     axes.axvline(1, color="grey", linewidth=1)
+    labels = [f"{name(r['case'])}, {r['threads']} thr." for r in records]
     axes.set_yticks(range(len(labels)), labels, fontsize=6)
-    axes.set(xscale="log", xlabel="effective GFLOP/s, as a share of peak; black: t2i")
+    axes.set(xscale="log", xlabel="effective GFLOP/s, as a share of the peak of fp32 multiply-adds")
+    axes.set_ylim(len(records) - 0.3, -0.7)
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=6, ncol=5, loc="lower center", bbox_to_anchor=(0.3, 1.0))
     return save(figure, f"{op}-roofline.png")
 
 
 def save(figure: Any, file: str) -> str:
     file = file.replace(" ", "-")
     figure.tight_layout()
-    figure.savefig(RESULTS / file, dpi=110)
+    figure.savefig(RESULTS / file, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return file
 

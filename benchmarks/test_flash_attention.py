@@ -73,7 +73,7 @@ def contenders(q, k, v, dout, causal: bool, backward: bool) -> list[Contender]:
     def make_flex():
         if backward:
             raise NotImplementedError("flex_attention has no backward on a CPU")
-        return ready(flex(q, k, v, causal))
+        return ready(flex(*(x.detach() for x in (q, k, v)), causal))
 
     return [
         Contender("t2i", lambda: ready(flash_attention), ours=True),

@@ -172,7 +172,13 @@ def sample(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
     scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
-    backend: Annotated[str | None, typer.Option(help="Of the attention, by name.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="On the CPU: fp32, bf16, int8 or int4.")
+    ] = None,
+    speculate: Annotated[
+        int, typer.Option(help="Guess so many tokens ahead in every pass; the picture is the same.")
+    ] = 0,
+    backend: Annotated[str | None, typer.Option(help="Of the operators, by name.")] = None,
     model: Model = None,
     device: Device = "auto",
     threads: Threads = 0,
@@ -192,6 +198,8 @@ def sample(
         top_p=top_p,
         seed=seed,
         batch_size=batch_size,
+        weights=weights,
+        speculate=speculate,
         backend=backend,
         progress=sys.stderr.isatty(),
     )
@@ -286,12 +294,23 @@ def main() -> None:
 
 
 def describe(pipeline: T2I) -> str:
-    """How long the last pictures took."""
+    """How long the last pictures took, and what share of the speed of memory that was."""
+    import torch
+
+    from t2i_kernels import native
+
     numbers = pipeline.statistics
-    return (
+    text = (
         f"{numbers.images} pictures, {numbers.tokens_per_second:.0f} tokens/s, "
-        f"{numbers.seconds_per_image:.2f} s an image ({numbers.backend} attention)"
+        f"{numbers.seconds_per_image:.3f} s an image ({numbers.path}, {numbers.backend} attention"
     )
+    if pipeline.device.type == "cpu" and native.reason() is None and numbers.passes:
+        # What as many bytes as a step reads could be read in, again and again.
+        size = numbers.bytes_read // numbers.passes
+        limit = native.read_bandwidth(torch.get_num_threads(), size)
+        share = numbers.bytes_read / numbers.decode_seconds / limit
+        text += f", {share:.0%} of {limit / 1e9:.0f} GB/s in {numbers.passes} passes"
+    return f"{text})"
 
 
 def _given(**options: Any) -> dict[str, Any]:

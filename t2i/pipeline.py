@@ -166,6 +166,8 @@ class T2I:
         top_p: float | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
+        weights: str | None = None,
+        speculate: int = 0,
         backend: str | None = None,
         progress: bool | Progress = False,
     ) -> list[Image.Image]:
@@ -180,7 +182,7 @@ class T2I:
             batch_size: pictures drawn together; bounds memory.
             progress: True shows a bar; a function is called with (tokens done, tokens in all).
             cfg, temperature, top_k, top_p: see ``sampling.sample_codes``; None is the model's own.
-            backend: see ``sampling.sample_codes``.
+            weights, speculate, backend: see ``sampling.sample_codes``.
 
         Returns:
             ``len(prompts) * n`` RGB images, those of the first prompt first.
@@ -217,6 +219,8 @@ class T2I:
                     grid=self.grid,
                     unconditional=self.text.prompt(None),
                     **options,
+                    weights=weights,
+                    speculate=speculate,
                     backend=backend,
                     progress=report and on_token,
                 )

@@ -1,12 +1,13 @@
 """Drawing image tokens from a language model: prefill, then one token of every image at a time.
 
-Reproducibility. Every token is the argmax of ``logits / temperature + g`` (the Gumbel-max trick,
-arXiv 1411.0030, section 2), where g is a function of (seed, position, code) and of nothing else:
-no generator is advanced, so neither the other images of the batch nor their order matter. What is
-left is the rounding of the logits: products over another batch size, or attention behind another
-amount of padding, may differ in the last bits of fp32, and move a token where two codes nearly tie.
-At the size of the shipped model, guidance 3, batches of 16 and of 1 differ by 1e-5 (rms) in logits
-of std 7: one 64-token image in some thousands. ``lm.double()`` puts it beyond reach.
+Reproducibility. The noise of every token is a function of (seed, position, code) and of nothing
+else (``t2i_kernels.draw``): no generator is advanced, so neither the other images of the batch nor
+their order matter. With ``decode_step``, which runs where native CPU kernels are, a row's logits do
+not depend on the others either, and a picture is the same to the bit. Elsewhere the rounding of the
+logits is left: products over another batch size, or attention behind another amount of padding, may
+differ in the last bits of fp32, and move a token where two codes nearly tie. At the size of the
+shipped model, guidance 3, batches of 16 and of 1 differ by 1e-5 (rms) in logits of std 7: one
+64-token image in some thousands. ``lm.double()`` puts it beyond reach.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from t2i_kernels import KVCache, explain, use_backend
+from t2i_kernels import use_backend
+from t2i_kernels.draw import draw
 
+from .lm.decoding import Decoder, make_decoder
 from .lm.model import TransformerLM
 
 Progress = Callable[[int, int], None]
@@ -37,7 +40,10 @@ class Statistics:
     prefill_seconds: float = 0.0  # reading prompts and drawing the first token of each image
     decode_seconds: float = 0.0  # drawing the other tokens
     pixel_seconds: float = 0.0  # from codes to pixels
-    backend: str = ""  # that ran decode_attention
+    passes: int = 0  # of the model, to draw the tokens behind the first ones
+    bytes_read: int = 0  # of weights and caches, in these passes
+    backend: str = ""  # that ran attention
+    path: str = ""  # what ran the model: "decode_step, fp32 weights" or "modules"
 
     @property
     def tokens_per_second(self) -> float:
@@ -51,10 +57,10 @@ class Statistics:
         return seconds / self.images if self.images else 0.0
 
     def __add__(self, other: Statistics) -> Statistics:
-        *ours, backend = astuple(self)
-        *theirs, other_backend = astuple(other)
+        *ours, backend, path = astuple(self)
+        *theirs, other_backend, other_path = astuple(other)
         sums = (a + b for a, b in zip(ours, theirs, strict=True))
-        return Statistics(*sums, backend=backend or other_backend)
+        return Statistics(*sums, backend=backend or other_backend, path=path or other_path)
 
 
 class Samples(NamedTuple):
@@ -74,6 +80,8 @@ def sample_codes(
     top_k: int = 0,
     top_p: float = 1.0,
     prefix_padding: Tensor | None = None,
+    weights: str | None = None,
+    speculate: int = 0,
     backend: str | None = None,
     progress: Progress | None = None,
 ) -> Samples:
@@ -94,7 +102,11 @@ def sample_codes(
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the fewest codes whose probabilities reach p; 1 keeps all. After top_k.
         prefix_padding: int [N], leading positions of each row of caption features to ignore.
-        backend: of the attention, by name; by default the fastest that runs here.
+        weights: type of the weights while drawing, on the CPU: "fp32", "bf16", "int8" or "int4"
+            (``t2i_kernels.linear.PackedWeight``); by default the model's own.
+        speculate: read guesses of so many tokens behind the last one in every pass, and keep those
+            that turn out right. The image is the same; fewer passes draw it, each of more rows.
+        backend: of all operators, by name; by default the fastest that runs here.
         progress: called with (tokens done, tokens in all) of an image after each of them.
 
     Returns:
@@ -110,6 +122,8 @@ def sample_codes(
         raise ValueError(f"grid={tuple(grid)}: the model's positions are for {config.image_grid}")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed each")
+    if speculate < 0:
+        raise ValueError(f"speculate={speculate}: expected at least 0, which is off")
     if not len(prompts):
         return Samples(torch.empty(0, *grid, dtype=torch.int64), Statistics())
 
@@ -125,64 +139,130 @@ def sample_codes(
                 f"the model's max_positions={config.max_positions}"
             )
         # The last token is drawn but never read.
-        cache = lm.allocate_cache(prompt.rows, prompt.length + num_tokens - 1, start=prompt.start)
+        slots = prompt.length + num_tokens - 1
+        decoder = make_decoder(lm, prompt.rows, slots, prompt.start, weights)
         codes = torch.empty(
             len(prompts), num_tokens, dtype=torch.int64, device=sampler.seeds.device
         )
 
         started = _now(codes.device)
-        codes[:, 0] = prefill(lm, prompt, cache, sampler)
+        codes[:, 0] = prefill(decoder, prompt, sampler)
         if progress is not None:
             progress(1, num_tokens)
         prefilled = _now(codes.device)
-        decode_n_tokens(lm, codes, cache, sampler, progress)
+        counts = decode_n_tokens(lm, decoder, codes, sampler, prompt.used, speculate, progress)
         finished = _now(codes.device)
         statistics = Statistics(
             images=len(codes),
             tokens=codes.numel(),
             prefill_seconds=prefilled - started,
             decode_seconds=finished - prefilled,
-            backend=_attention_backend(lm, cache[0]),
+            passes=counts.passes,
+            bytes_read=counts.bytes_read,
+            backend=decoder.backend,
+            path=decoder.path,
         )
     return Samples(codes.unflatten(1, grid), statistics)
 
 
-def prefill(lm: TransformerLM, prompt: Prompt, cache: list[KVCache], sampler: Sampler) -> Tensor:
-    """Read the prompts into an empty cache and draw the first code of each image: int64 [N]."""
-    features = lm.features(prompt.tokens, prefix=prompt.prefix, cache=cache)
-    position = torch.zeros(1, dtype=torch.int64, device=features.device)
-    return sampler(lm.head(features[:, -1], lm.config.image_tokens), position)
+def prefill(decoder: Decoder, prompt: Prompt, sampler: Sampler) -> Tensor:
+    """Read the prompts and draw the first code of each image: int64 [N]."""
+    logits = decoder.read(prompt.tokens, prompt.prefix)
+    return sampler(logits, torch.zeros_like(sampler.seeds))[:, 0]
 
 
 def decode_one_token(
-    lm: TransformerLM, codes: Tensor, cache: list[KVCache], sampler: Sampler, position: Tensor
+    lm: TransformerLM, decoder: Decoder, codes: Tensor, sampler: Sampler, positions: Tensor
 ) -> Tensor:
-    """Read one code of each image [N] and draw the next, the one at ``position``, int64 [1]."""
+    """Read codes of each image [N, n], which continue what was read, and draw what follows each of
+    them: int64 [N, n]. The first one drawn is at ``positions`` int64 [N] of the images."""
     tokens = codes + lm.config.text_vocab_size
     if sampler.guided:
         tokens = torch.cat([tokens, tokens])
-    features = lm.features(tokens[:, None], cache=cache)
-    return sampler(lm.head(features[:, -1], lm.config.image_tokens), position)
+    return sampler(decoder.read(tokens, last=codes.shape[1]), positions)
+
+
+class Counts(NamedTuple):
+    passes: int
+    bytes_read: int  # of weights and of the cache
 
 
 def decode_n_tokens(
     lm: TransformerLM,
+    decoder: Decoder,
     codes: Tensor,
-    cache: list[KVCache],
     sampler: Sampler,
+    used: Sequence[int],
+    speculate: int = 0,
     progress: Progress | None = None,
-) -> None:
-    """Fill codes [N, num_tokens] behind its first column. Nothing here waits for the device."""
-    num_tokens = codes.shape[1]
-    # A tensor of one element: an index without dimensions would be read back to the host.
-    position = torch.zeros(1, dtype=torch.int64, device=codes.device)
+) -> Counts:
+    """Fill codes [N, num_tokens] behind its first column; ``used`` are the tokens that were read of
+    each row. Without ``speculate``, nothing here waits for the device."""
+    if speculate:
+        return _speculate(lm, decoder, codes, sampler, used, speculate, progress)
+    num_tokens, bytes_read = codes.shape[1], 0
+    positions = torch.zeros_like(sampler.seeds)
     for i in range(1, num_tokens):
         if i == sampler.guided_tokens:
-            cache, sampler = [layer.first(len(codes)) for layer in cache], sampler.unguided()
-        position += 1
-        codes[:, i] = decode_one_token(lm, codes[:, i - 1], cache, sampler, position)
+            decoder.keep(len(codes))
+            sampler, used = sampler.unguided(), used[: len(codes)]
+        positions += 1
+        codes[:, i] = decode_one_token(lm, decoder, codes[:, i - 1 : i], sampler, positions)[:, 0]
+        bytes_read += decoder.weight_bytes + decoder.slot_bytes * (sum(used) + i * len(used))
         if progress is not None:
             progress(i + 1, num_tokens)
+    return Counts(num_tokens - 1, bytes_read)
+
+
+def _speculate(
+    lm: TransformerLM,
+    decoder: Decoder,
+    codes: Tensor,
+    sampler: Sampler,
+    used: Sequence[int],
+    ahead: int,
+    progress: Progress | None,
+) -> Counts:
+    """Jacobi decoding (arXiv 2410.01699) with the noise of every position fixed beforehand: what is
+    drawn behind right tokens is what one token at a time would draw, whatever was guessed, as long
+    as a row's logits do not depend on how many are computed with it."""
+    images, num_tokens = codes.shape
+    passes = bytes_read = 0
+    known = torch.ones_like(sampler.seeds)  # codes of each image that are right
+    guesses = codes[:, :1].repeat(1, num_tokens + ahead)  # of all codes, right ones in front
+    index = torch.arange(ahead + 1, device=codes.device)
+    while (least := int(known.min())) < num_tokens:
+        if sampler.guided and least >= sampler.guided_tokens:
+            decoder.keep(images)
+            sampler, used = sampler.unguided(), used[:images]
+        window = min(ahead + 1, num_tokens - least)
+        # An image that is done, or nearly so, reads its last tokens again.
+        ahead_of_it = (known - (num_tokens - window)).clamp_min(0)
+        decoder.forget(ahead_of_it.int().repeat(len(used) // images))
+        known -= ahead_of_it
+        where = known[:, None] + index[:window]  # positions that are drawn
+        drawn = decode_one_token(lm, decoder, guesses.gather(1, where - 1), sampler, known)
+        right = (drawn == guesses.gather(1, where))[:, :-1].long().cumprod(dim=1).sum(dim=1) + 1
+        guesses.scatter_(1, where, drawn)
+        guesses = _guess(guesses, known + window, index)
+        passes += 1
+        slots = sum(used) + len(used) // images * int((known + window - 1).sum())
+        bytes_read += decoder.weight_bytes + decoder.slot_bytes * slots
+        forgotten = (window - right).int()
+        decoder.forget(forgotten.repeat(len(used) // images))
+        known += right
+        if progress is not None:
+            progress(int(known.min()), num_tokens)
+    codes.copy_(guesses[:, :num_tokens])
+    return Counts(passes, bytes_read)
+
+
+def _guess(guesses: Tensor, first: Tensor, index: Tensor) -> Tensor:
+    """Repeat the code in front of ``first`` [N] behind it."""
+    where = first[:, None] + index
+    where = where.clamp_max(guesses.shape[1] - 1)
+    last = guesses.gather(1, first[:, None] - 1)
+    return guesses.scatter(1, where, last.expand_as(where))
 
 
 @dataclass(frozen=True)
@@ -192,13 +272,17 @@ class Prompt:
     tokens: Tensor | None  # int64 [rows, length], padded on the left
     prefix: Tensor | None
     start: Tensor | None  # int32 [rows]: positions of padding
-    rows: int
+    used: list[int]  # positions that are not, of each row
     length: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.used)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """From logits [N or 2N, codes] to one code an image [N]."""
+    """From logits to codes."""
 
     seeds: Tensor  # int64 [N]
     scales: Tensor | None  # guidance scale of each token, fp32 [num_tokens]
@@ -214,62 +298,22 @@ class Sampler:
     def unguided(self) -> Sampler:
         return replace(self, scales=None, guided_tokens=0)
 
-    def __call__(self, logits: Tensor, position: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Codes int64 [N, T] from logits [N or 2N, T, codes]; the first of the T tokens of each
+        image is at ``positions`` int64 [N]."""
+        guidance = None
         if self.guided:
-            cond, uncond = logits.chunk(2)
-            logits = uncond + self.scales[position] * (cond - uncond)
-        if self.temperature == 0:
-            return logits.argmax(dim=-1)
-        logits = keep_likely(logits / self.temperature, self.top_k, self.top_p)
-        return (logits + gumbel_noise(self.seeds, position, logits.shape[-1])).argmax(dim=-1)
-
-
-def keep_likely(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [N, K] with −inf for all but the ``top_k`` most likely codes (0: all), and of those
-    all but the fewest whose probabilities sum to ``top_p`` (nucleus sampling, arXiv 1904.09751).
-    Codes that tie with the last one kept are kept."""
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1:
-        descending = logits.sort(dim=-1, descending=True).values
-        probabilities = descending.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        least = descending.masked_fill(before >= top_p, torch.inf).amin(dim=-1, keepdim=True)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return logits
-
-
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 / golden ratio, odd: the step of SplitMix64
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
-
-
-def gumbel_noise(seeds: Tensor, position: Tensor | int, num_codes: int) -> Tensor:
-    """Standard Gumbel noise fp64 [N, num_codes], a function of (seed, position, code) alone.
-
-    A SplitMix64 stream (Steele, Lea, Flood 2014) whose state hashes seed and position, read at the
-    code. int64 arithmetic wraps, so every device gives the same bits; fp64 keeps what the logarithm
-    may round differently far below the rounding of the logits. The uniform is (52 bits + 1/2)/2^52,
-    exact and never 0 or 1.
-    """
-    state = _mix(_mix(seeds) + position)
-    counter = torch.arange(1, num_codes + 1, device=seeds.device) * _GOLDEN
-    bits = _shift_right(_mix(state[:, None] + counter), 12)
-    uniform = (bits.double() + 0.5) * 2.0**-52
-    return uniform.log_().neg_().log_().neg_()
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser, a bijection of 64 bits."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's is arithmetic on a signed integer."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+            where = positions[:, None] + torch.arange(logits.shape[1], device=logits.device)
+            guidance = self.scales[where]
+        return draw(
+            logits,
+            self.seeds,
+            positions,
+            guidance=guidance,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
 
 
 def _prompt(
@@ -294,10 +338,12 @@ def _prompt(
             prefix = prefix.to(lm.output.weight.dtype)
         if guided:
             prefix = torch.cat([prefix, lm.prefix_embedding.unconditional(len(prompts))])
-        start = None
+        start, length = None, lm.config.prefix_length
+        used = [length] * len(prefix)
         if prefix_padding is not None:
             start = prefix_padding.to(device, torch.int32).repeat(2 if guided else 1)
-        return Prompt(None, prefix, start, len(prefix), lm.config.prefix_length)
+            used = [length - padding for padding in start.tolist()]
+        return Prompt(None, prefix, start, used, length)
 
     rows = [list(prompt) for prompt in prompts]
     if guided:
@@ -313,7 +359,7 @@ def _prompt(
     # Any token does for padding: nothing attends to it.
     tokens = torch.tensor([row[:1] * pad + row for row, pad in zip(rows, padding, strict=True)])
     start = torch.tensor(padding, dtype=torch.int32, device=device)
-    return Prompt(tokens.to(device), None, start, len(rows), length)
+    return Prompt(tokens.to(device), None, start, list(map(len, rows)), length)
 
 
 def _sampler(
@@ -352,14 +398,6 @@ def _sampler(
         top_k=int(top_k),
         top_p=float(top_p),
     )
-
-
-def _attention_backend(lm: TransformerLM, cache: KVCache) -> str:
-    """The backend that a decoding step of this model runs on, asked of the registry."""
-    config, weight, rows = lm.config, lm.output.weight, len(cache.seqlens)
-    q = weight.new_empty(rows, 1, config.num_heads, config.head_dim)
-    kv = weight.new_empty(rows, 1, config.num_kv_heads, config.head_dim)
-    return explain("decode_attention", q, kv, kv, cache).chosen or ""
 
 
 @contextlib.contextmanager

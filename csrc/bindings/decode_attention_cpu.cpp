@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/common.h"
+#include "bindings/decode_plan.h"
 
 namespace t2i {
 namespace {
@@ -15,17 +16,6 @@ namespace {
 using namespace t2i::cpu;
 
 constexpr const char* kOp = "decode_attention";
-constexpr int64_t kPart = 16 * kDecodeSlots;  // slots of a task at most, counted from start
-
-template <typename... Args>
-void check_index(bool ok, const Args&... message) {
-  if (ok) return;
-  std::ostringstream text;
-  text << kOp << ": ";
-  (text << ... << message);
-  throw std::out_of_range(text.str());  // Python: IndexError
-}
-
 Tokens read_only(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
@@ -68,7 +58,7 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
 
   DecodeStep step;
   step.type = float_type(kOp, q, "q");
-  step.cache_type = int8 ? CacheType::int8 : CacheType::same;
+  step.cache_type = cache_type(kOp, k_cache);
   step.tokens = q.size(1);
   step.kv_heads = kv_heads;
   step.groups = kv_heads > 0 ? q.size(2) / kv_heads : 1;
@@ -97,6 +87,7 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
     step.pairs = cos->size(1);
   }
   step.interleaved = rotary_interleaved;
+  step.positions_from_start = true;
   constexpr int64_t kUnbounded = int64_t(1) << 40;
   step.window = window < 0 ? kUnbounded : std::min(window, kUnbounded);
   check(kOp, softcap == 0 || softcap >= 1e-20, "softcap must be 0 or at least 1e-20, got ",
@@ -105,55 +96,16 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
   step.scale = float(scale);
   if (batch == 0 || step.tokens == 0) return out;
 
-  // Before anything is written.
-  int64_t low = step.seqlens[0], high = step.seqlens[0], earliest = step.start[0], last = 0;
-  for (int64_t b = 0; b < batch; ++b) {
-    low = std::min<int64_t>(low, step.seqlens[b]);
-    high = std::max<int64_t>(high, step.seqlens[b]);
-    earliest = std::min<int64_t>(earliest, step.start[b]);
-    last = std::max<int64_t>(last, step.seqlens[b] + step.tokens - 1 - step.start[b]);
-  }
-  high += step.tokens - 1;
-  check_index(low >= 0 && high < slots, "cache.seqlens puts the new tokens into slots ", low,
-              " to ", high, ", but the cache has ", slots, " slots");
-  check_index(earliest >= 0, "cache.start is ", earliest, ", below 0");
-  check_index(!cos || last < positions, "position ", last, " is outside rotary_cos, which has ",
-              positions);
+  check_slots(kOp, step, batch, slots, cos ? &positions : nullptr);
 
-  // The parts of a group write one output, and follow each other.
-  std::vector<DecodeTask> parts;
-  std::vector<int64_t> groups;  // where each begins
-  const int64_t heads = batch * kv_heads, block = decode_tokens(step);
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t begin = step.start[b];
-    for (int64_t h = 0; h < kv_heads; ++h) {
-      for (int64_t token = 0; token < step.tokens; token += block) {
-        const int64_t token_end = std::min(step.tokens, token + block);
-        const int64_t end = step.seqlens[b] + token_end;
-        int64_t slot = std::max<int64_t>(begin, step.seqlens[b] + token - step.window);
-        slot = std::min(end, begin + (slot - begin) / kDecodeSlots * kDecodeSlots);
-        groups.push_back(int64_t(parts.size()));
-        do {
-          const int64_t next = begin + ((slot - begin) / kPart + 1) * kPart;
-          const int64_t stop = std::min(end, next);
-          parts.push_back({b, h, token, token_end, slot, stop});
-          slot = stop;
-        } while (slot < end);
-      }
-    }
-  }
-  const int64_t num_groups = int64_t(groups.size());
-  groups.push_back(int64_t(parts.size()));
-
+  const DecodePlan plan = plan_decode(step, batch);
+  const std::vector<DecodeTask>& parts = plan.parts;
+  const int64_t heads = batch * kv_heads, num_groups = plan.num_groups();
   const DecodeKernels& kernels = decode_kernels();
-  const int64_t workspace = kernels.workspace(step), rows = step.groups * block;
-  const int64_t width = (step.dim + 15) / 16 * 16, size = rows * (width + 2);
-  const auto partial_in = [&](float* memory) {
-    return DecodePartial{memory, memory + rows * width, memory + rows * (width + 1)};
-  };
-  if (int64_t(parts.size()) == heads) {
+  const int64_t workspace = kernels.workspace(step), size = partial_size(step);
+  if (plan.num_parts() == heads) {
     run_tasks(heads, workspace + size, [&](int64_t i, float* space) {
-      const DecodePartial partial = partial_in(space + workspace);
+      const DecodePartial partial = partial_in(step, space + workspace);
       kernels.append(step, parts[i].row, parts[i].head, space);
       kernels.attend(step, parts[i], partial, space);
       kernels.finish(step, parts[i], &partial, 1);
@@ -164,9 +116,9 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
   run_tasks(heads, workspace, [&](int64_t i, float* space) {
     kernels.append(step, i / kv_heads, i % kv_heads, space);
   });
-  if (int64_t(parts.size()) == num_groups) {
+  if (plan.num_parts() == num_groups) {
     run_tasks(num_groups, workspace + size, [&](int64_t i, float* space) {
-      const DecodePartial partial = partial_in(space + workspace);
+      const DecodePartial partial = partial_in(step, space + workspace);
       kernels.attend(step, parts[i], partial, space);
       kernels.finish(step, parts[i], &partial, 1);
     });
@@ -177,17 +129,17 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
   const int64_t most = std::max<int64_t>(1, kMostFloats / size);
   for (int64_t first = 0; first < num_groups;) {
     int64_t last = first + 1;
-    while (last < num_groups && groups[last + 1] - groups[first] <= most) ++last;
-    const int64_t begin = groups[first], count = groups[last] - begin;
+    while (last < num_groups && plan.groups[last + 1] - plan.groups[first] <= most) ++last;
+    const int64_t begin = plan.groups[first], count = plan.groups[last] - begin;
     const Floats memory = allocate(count * size);
     std::vector<DecodePartial> partials;
-    for (int64_t i = 0; i < count; ++i) partials.push_back(partial_in(memory.get() + i * size));
+    for (int64_t i = 0; i < count; ++i) partials.push_back(partial_in(step, memory.get() + i * size));
     run_tasks(count, workspace, [&](int64_t i, float* space) {
       kernels.attend(step, parts[begin + i], partials[i], space);
     });
     run_tasks(last - first, 1, [&](int64_t i, float*) {
-      const int64_t at = groups[first + i];
-      kernels.finish(step, parts[at], &partials[at - begin], groups[first + i + 1] - at);
+      const int64_t at = plan.groups[first + i];
+      kernels.finish(step, parts[at], &partials[at - begin], plan.groups[first + i + 1] - at);
     });
     first = last;
   }

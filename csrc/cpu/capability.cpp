@@ -19,11 +19,12 @@ constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512", "AMX"};
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);
+  const bool tiles = (d >> 22 & 1) && (d >> 24 & 1), avx512_vnni = c >> 11 & 1;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
   const bool avx512_bf16 = a >> 5 & 1;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return tiles && avx512_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return tiles && avx512_vnni && avx512_bf16 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #else
 bool has_amx() { return false; }

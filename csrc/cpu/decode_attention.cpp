@@ -38,6 +38,12 @@ struct Space {
   }
 };
 
+// The type of what a cache holds, unless that is int8.
+FloatType float_type(CacheType type) {
+  return type == CacheType::f32 ? FloatType::f32
+         : type == CacheType::bf16 ? FloatType::bf16 : FloatType::f16;
+}
+
 // To the type of the tokens and back: what is stored of a value.
 void round_to_type(const DecodeStep& step, float* x) {
   if (step.type == FloatType::f32) return;
@@ -49,6 +55,7 @@ void round_to_type(const DecodeStep& step, float* x) {
 // Turns pairs of channels by the angles of a position (RoFormer, arXiv 2104.09864). scratch: dim.
 void rotate(const DecodeStep& step, int64_t slot, int64_t start, float* x, float* scratch) {
   if (!step.cos) return;
+  if (!step.positions_from_start) start = 0;
   const int64_t position = max_of(slot - start, 0), pairs = step.pairs;
   const float *cos = step.cos + position * pairs, *sin = step.sin + position * pairs;
   std::memcpy(scratch, x, size_t(2 * pairs) * sizeof(float));
@@ -86,8 +93,8 @@ void append(const DecodeStep& step, int64_t row, int64_t head, float* workspace)
       load_row(from.data, step.type, element(from, row, i, head), step.dim, x);
       if (which == 0) rotate(step, slot, step.start[row], x, scratch);
       const int64_t at = element(to, row, slot, head);
-      if (step.cache_type == CacheType::same) {
-        store_row(x, step.dim, step.type, to.data, at);
+      if (step.cache_type != CacheType::int8) {
+        store_row(x, step.dim, float_type(step.cache_type), to.data, at);
         continue;
       }
       const Scales& scales = which ? step.v_scale : step.k_scale;
@@ -109,15 +116,14 @@ struct SlotRows {
 SlotRows read_slots(const DecodeStep& step, const Tokens& cache, const Scales& scales, int64_t row,
                     int64_t head, int64_t slot, int64_t count, float* scratch) {
   const int64_t width = padded_dim(step), first = element(cache, row, slot, head);
-  const bool same = step.cache_type == CacheType::same;
-  if (same && step.type == FloatType::f32 && width == step.dim) {
+  if (step.cache_type == CacheType::f32 && width == step.dim) {
     return {static_cast<const float*>(cache.data) + first, cache.token_stride};
   }
   for (int64_t j = 0; j < count; ++j) {
     float* out = scratch + j * width;
     const int64_t at = first + j * cache.token_stride;
-    if (same) {
-      load_row(cache.data, step.type, at, step.dim, out);
+    if (step.cache_type != CacheType::int8) {
+      load_row(cache.data, float_type(step.cache_type), at, step.dim, out);
     } else {
       const int8_t* x = static_cast<const int8_t*>(cache.data) + at;
       const float scale = scales.data[row * scales.batch_stride + (slot + j) * scales.slot_stride +

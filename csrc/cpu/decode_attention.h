@@ -14,7 +14,7 @@
 
 namespace t2i::cpu {
 
-enum class CacheType { same, int8 };  // "same" as the tokens
+enum class CacheType { f32, bf16, f16, int8 };
 
 // A tensor [batch, tokens or slots, heads, head_dim] whose last dimension is contiguous; strides
 // count elements.
@@ -37,6 +37,7 @@ struct DecodeStep {
   Scales k_scale, v_scale;
   const int32_t *seqlens, *start;  // of each row of the batch
   const float *cos, *sin;          // [positions, pairs]; null: no rotation
+  bool positions_from_start;       // position of a slot: slot - start, else the slot
   int64_t pairs;
   bool interleaved;
   int64_t window;  // keys before its own that a token sees; unbounded: longer than any cache

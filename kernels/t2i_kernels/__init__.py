@@ -1,7 +1,10 @@
 """Fused operators of auto-regressive text-to-image models, each beside its PyTorch reference."""
 
 from .decode_attention import KVCache, decode_attention
+from .decode_step import PackedDecoder, decode_step
+from .draw import draw
 from .flash_attention import flash_attention
+from .linear import PackedLinear, PackedWeight, linear
 from .registry import BackendError, explain, use_backend
 from .vector_quantizer import VectorQuantizer
 from .vq_nearest import NearestCodes, vq_nearest
@@ -10,10 +13,16 @@ __all__ = [
     "BackendError",
     "KVCache",
     "NearestCodes",
+    "PackedDecoder",
+    "PackedLinear",
+    "PackedWeight",
     "VectorQuantizer",
     "decode_attention",
+    "decode_step",
+    "draw",
     "explain",
     "flash_attention",
+    "linear",
     "use_backend",
     "vq_nearest",
 ]

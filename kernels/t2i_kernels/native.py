@@ -44,6 +44,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(LIBRARY))
         library.t2i_cpu_capability.restype = ctypes.c_char_p
         library.t2i_set_cpu_capability.argtypes = [ctypes.c_char_p]
+        library.t2i_read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_int64]
+        library.t2i_read_bandwidth.restype = ctypes.c_double
     except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
         return None, f"{LIBRARY.name} does not load: {error}"
     forced = os.environ.get("T2I_CPU_CAPABILITY", "")
@@ -95,6 +97,12 @@ def use_cpu_capability(name: str) -> Iterator[None]:
         yield
     finally:
         _library.t2i_set_cpu_capability(before)
+
+
+def read_bandwidth(threads: int, size: int) -> float:
+    """Bytes a second that so many threads read of ``size`` bytes, again and again, each in four
+    streams: the best of some rounds, which take half a second or so. 0 without the library."""
+    return _library.t2i_read_bandwidth(threads, size) if _library else 0.0
 
 
 def info() -> dict:

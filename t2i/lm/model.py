@@ -82,7 +82,7 @@ class TransformerLM(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
-        self._tables = rotary_tables(config)
+        self.rotary_tables = rotary_tables(config)
         self.reset_parameters()
 
     def forward(
@@ -127,7 +127,7 @@ class TransformerLM(nn.Module):
         cache: Sequence[KVCache] | None = None,
     ) -> Tensor:
         """The normalised last hidden states [B, P + L, dim]; arguments as in ``forward``."""
-        x = self.dropout(self._embed(tokens, prefix, continues=cache is not None))
+        x = self.dropout(self.embed(tokens, prefix, continues=cache is not None))
         rows, length = x.shape[:2]
         if cu_seqlens is not None and (cache is not None or rows != 1):
             raise ValueError(f"cu_seqlens packs one row, without a cache; got {rows} rows")
@@ -237,7 +237,11 @@ class TransformerLM(nn.Module):
         """Trainable numbers; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
-    def _embed(self, tokens: Tensor | None, prefix: Tensor | None, continues: bool) -> Tensor:
+    def embed(
+        self, tokens: Tensor | None, prefix: Tensor | None = None, *, continues: bool = False
+    ) -> Tensor:
+        """What the first layer reads of ``forward``'s arguments, [B, P + L, dim]. ``continues``:
+        a sequence whose prefix, where the model has one, was read before."""
         parts = []
         if prefix is None and self.prefix_embedding is not None and not continues:
             raise ValueError(f"prefix: expected the {self.config.prefix} of each row, got None")
@@ -260,13 +264,14 @@ class TransformerLM(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
         """(angles of these positions, None) to rotate here, or (None, tables of all positions) for
         ``decode_attention`` to rotate by; (None, None) without positions."""
-        if self._tables is None:
+        if self.rotary_tables is None:
             return None, None
-        cos, sin = self._tables
+        cos, sin = self.rotary_tables
         length = x.shape[1]
         if cache is not None:
             if self.config.image_grid is None:
-                return None, self._tables  # the op counts positions from each row's first token
+                # The op counts positions from each row's first token.
+                return None, self.rotary_tables
             # The image starts at a fixed slot, however much of the prefix is padding.
             slots = cache[0].seqlens[:, None] + torch.arange(length, device=x.device)
             return (cos[slots], sin[slots]), None
@@ -280,9 +285,9 @@ class TransformerLM(nn.Module):
     def _apply(self, fn, recurse=True):
         # The tables stay fp32 when the weights are cast: only a device is followed.
         super()._apply(fn, recurse)
-        if self._tables is not None:
+        if self.rotary_tables is not None:
             device = self.output.weight.device
-            self._tables = tuple(table.to(device) for table in rotary_tables(self.config))
+            self.rotary_tables = tuple(table.to(device) for table in rotary_tables(self.config))
         return self
 
 

@@ -21,6 +21,10 @@ TESTS = {
     "vq_nearest": ROOT / "tests/kernels/test_vq_nearest_native.py",
     "flash_attention": ROOT / "tests/kernels/test_flash_attention_native.py",
     "decode_attention": ROOT / "tests/kernels/test_decode_attention_native.py",
+    "linear": ROOT / "tests/kernels/test_linear.py",
+    "norm": ROOT / "tests/kernels/test_decode_step.py",
+    "decode_step": ROOT / "tests/kernels/test_decode_step.py",
+    "draw": ROOT / "tests/kernels/test_draw.py",
 }
 
 FILES = {  # what is compiled, and what that includes
@@ -31,6 +35,10 @@ FILES = {  # what is compiled, and what that includes
         "csrc/cpu/vec.h",
     ],
     "decode_attention": ["csrc/cpu/decode_attention.cpp"],
+    "linear": ["csrc/cpu/linear.cpp"],
+    "norm": ["csrc/cpu/norm.cpp"],
+    "decode_step": ["csrc/bindings/decode_step_cpu.cpp"],  # for all instruction sets
+    "draw": ["csrc/cpu/draw.cpp"],
 }
 
 # name -> (text, its replacement, the tests that must notice, the instruction set unless DEFAULT)
@@ -144,12 +152,66 @@ DECODE = {
     "sum not rescaled": ("partial.sum[r] * scale + sum", "partial.sum[r] + sum", "caches"),
     "int8 cut off": ("std::nearbyint(x[d] / divisor)", "x[d] / divisor", "int8"),
 }
+LINEAR = {
+    "none": ("", "", "product or depend or finite or tiny"),
+    "offset of bytes left in": ("ints(-bias * x.sums[at])", "ints(0)", "product"),
+    "scale of the other group": ("scales[half][v] * scale", "scales[0][v] * scale", "product"),
+    "first inputs forgotten": ("begin == 0 ? Vec(0.f)", "true ? Vec(0.f)", "product"),
+    "odd input dropped": ("if (whole == end) return;", "return;", "product"),
+    "high halves for low ones": ("high, word(m, line + kLines)", "high, word(m, line)", "product"),
+    "one stream read by all": (": r * apart);", ": 0 * apart);", "product"),
+    "last panels dropped": ("if (rest < end) multiply", "if (false) multiply", "product"),
+    "last rows dropped": ("first + row, rows - row,", "first + row, 0 * row,", "product"),
+    "row 193 written to row 1": ("out.out + first * out.stride, out)", "out.out, out)", "product"),
+    "NaN taken for a number": ("= finite ? most / 127", "= true ? most / 127", "finite"),
+}
+NORM = {
+    "eps off": ("+ norm.eps)", ")", "kinds"),
+    "mean off": ("mean = sum_of(sum) / float(channels)", "mean = 0", "kinds"),
+    "last channels dropped": ("squares += (x[i] - mean) * (x[i] - mean)", "squares += 0", "kinds"),
+    "bias off": ("if (norm.bias) y = y", "if (false) y = y", "kinds"),
+}
+STEP = {
+    "none": ("", "", "types or kinds or caches or positions or depend or padding"),
+    "another norm": ("rows_, dim, &layer.ffn_norm", "rows_, dim, &layer.attention_norm", "types"),
+    "append skipped": ("task.slot_end == step.seqlens[task.row] + 1", "false", "types"),
+    "one cache for all layers": ("+ index * layer_stride_ * bytes", "", "types"),
+    "one layer's scales": ("scales->data += index * scale_stride_", "scales->data += 0", "caches"),
+    "first part alone": ("partials.data(), last - first)", "partials.data(), 1)", "caches"),
+    "another token scored": ("(row / last + 1) * skipped", "skipped", "types"),
+    "k normalised as q": ("which ? layer.k_norm : layer.q_norm", "layer.q_norm", "kinds"),
+    "not added to the residual": (
+        "{residual_, dim, Epilogue::add});\n    member.wait();\n  }\n\n  void normalise",
+        "{residual_, dim, Epilogue::store});\n    member.wait();\n  }\n\n  void normalise",
+        "types",
+    ),
+}
+DRAW = {
+    "none": ("", "", "reference or guidance or ties or large"),
+    "noise of the next position": ("uint64_t(d.position)", "uint64_t(d.position + 1)", "reference"),
+    "a winner passed over": ("- 1e-3f - 1e-6f", "+ 0.3f - 1e-6f", "reference"),
+    "rounding of large scores": ("- 1e-6f * std::fabs(float(best))", "", "large"),
+    "one more than k": ("target = k - 1;", "target = k < count ? k : k - 1;", "reference"),
+    "nucleus too small": ("before + mass[step] < p", "before + 2 * mass[step] < p", "reference"),
+    "temperature off": (": x) / divisor", ": x)", "reference"),
+    "guidance off": ("d.guidance * (x - base[i])", "(x - base[i])", "guidance"),
+    "last block passed over": (
+        "first < codes; first += kBlock",
+        "first + kBlock < codes; first += kBlock",
+        "reference",
+    ),
+    "inf let through": ("if (!finite || top == -kInf)", "if (top == -kInf)", "undefined or ties"),
+}
 MUTATIONS = [
     pytest.param(op, *mutation[:3], *(mutation[3:] or ("DEFAULT",)), id=f"{op}: {name}")
     for op, mutations in (
         ("vq_nearest", NEAREST),
         ("flash_attention", ATTENTION),
         ("decode_attention", DECODE),
+        ("linear", LINEAR),
+        ("norm", NORM),
+        ("decode_step", STEP),
+        ("draw", DRAW),
     )
     for name, mutation in mutations.items()
 ]
@@ -189,12 +251,13 @@ def test_mutation_is_caught(build, tmp_path, op, text, replacement, tests, capab
         assert source.count(text) == 1, "the mutation no longer fits the source"
         file.write_text(source.replace(text, replacement))
     toolchain.root = tmp_path
-    mutant = toolchain.compile(source_file, capability, tmp_path)
+    unit = source_file, capability if "csrc/cpu" in source_file else None
+    mutant = toolchain.compile(*unit, tmp_path)
 
     package = tmp_path / "t2i_kernels"
     ignore = shutil.ignore_patterns("__pycache__", native.LIBRARY.name)
     shutil.copytree(Path(t2i_kernels.__file__).parent, package, ignore=ignore)
-    linked = [mutant if unit == (source_file, capability) else objects[unit] for unit in objects]
+    linked = [mutant if u == unit else objects[u] for u in objects]
     toolchain.link(linked, package / native.LIBRARY.name)
 
     # The copy comes first on the path, so that the tests import it.

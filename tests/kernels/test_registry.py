@@ -23,6 +23,8 @@ from t2i_kernels import (
     use_backend,
     vq_nearest,
 )  # fmt: skip
+from t2i_kernels.decode_step import LayerWeights, NormWeights, PackedDecoder
+from t2i_kernels.linear import PackedWeight
 from t2i_kernels.registry import Backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -253,10 +255,21 @@ def test_explain_is_about_the_call_where_there_is_one(op):
 
 def test_explain_takes_the_arguments_of_the_public_functions():
     q, cache = torch.zeros(1, 1, 2, 8), KVCache.allocate(1, 4, 2, 8)
+    weight = PackedWeight.pack(torch.zeros(5, 4), "int8")
+    norm, square = NormWeights(torch.ones(8)), torch.zeros(8, 8)
+    layer = LayerWeights(norm, torch.zeros(24, 8), square, norm, torch.zeros(16, 8), square)
+    decoder = PackedDecoder.pack([layer], norm, square, heads=2, kv_heads=2, weight_type="fp32")
+    index = torch.zeros(3, dtype=torch.int64)
     calls = {
         "vq_nearest": ((torch.zeros(3, 4), torch.zeros(5, 4), "l2"), dict(return_counts=True)),
         "flash_attention": ((q, q, q), dict(causal=True, return_lse=True)),
         "decode_attention": ((q, q, q, cache), dict(window=3)),
+        "linear": ((torch.zeros(3, 4), weight), {}),
+        "decode_step": (
+            (torch.zeros(2, 3, 8), decoder, decoder.allocate_cache(2, 4)),
+            dict(last=2),
+        ),
+        "draw": ((torch.zeros(3, 1, 5), index, index), dict(top_k=2)),
     }
     assert set(calls) == set(registry.ops())
     for name, (args, kwargs) in calls.items():

@@ -95,7 +95,7 @@ def test_a_configuration_decides_what_weights_leave_open(tmp_path):
     for folder in ("hf", "ours"):
         lm = build_lm(asked, tmp_path / folder, image_vocab=500)
         assert lm.config == asked.replace(image_vocab_size=500)
-        assert lm.dropout.p == 0.25 and len(lm._tables[0]) == 17
+        assert lm.dropout.p == 0.25 and len(lm.rotary_tables[0]) == 17
         assert abs(lm.output.weight[-500:].std() - 0.5) < 0.02
         with pytest.raises(ValueError, match=r"num_layers=3 \(asked: 4\)"):
             build_lm(asked.replace(num_layers=4), tmp_path / folder)

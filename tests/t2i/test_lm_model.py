@@ -268,8 +268,8 @@ def test_bad_input_is_named():
 @torch.no_grad()
 def test_casting_the_weights_keeps_the_positions_exact():
     lm = model(max_positions=2000)
-    before = [table.clone() for table in lm._tables]
+    before = [table.clone() for table in lm.rotary_tables]
     lm.to(torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(before, lm._tables, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, lm.rotary_tables, strict=True))
     logits = lm(torch.randint(50, (1, 7)))
     assert logits.dtype == torch.float32 and torch.isfinite(logits).all()

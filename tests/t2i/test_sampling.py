@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from t2i import sampling
-from t2i.lm import LM_CONFIGS, LMConfig, TransformerLM
-from t2i.sampling import Statistics, gumbel_noise, keep_likely, sample_codes
+from t2i.lm import LM_CONFIGS, LMConfig, TransformerLM, decoding
+from t2i.sampling import Statistics, sample_codes
+from t2i_kernels import native
+from t2i_kernels.draw import gumbel_noise, keep_likely
 
 TINY = LMConfig(
     dim=32,
@@ -37,6 +39,27 @@ def lm() -> TransformerLM:
 def draw(lm, prompts=PROMPTS, seeds=(1, 2, 3), **options) -> torch.Tensor:
     options = {"grid": (3, 4), "unconditional": UNCOND, "cfg": 3.0, **options}
     return sample_codes(lm, prompts, seeds=list(seeds), **options).codes
+
+
+fused = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the logits of every pass, on whichever path."""
+    shapes = []
+
+    def spy(method):
+        def read(self, *args, **kwargs):
+            logits = method(self, *args, **kwargs)
+            shapes.append(tuple(logits.shape))
+            return logits
+
+        return read
+
+    for kind in (decoding.ModuleDecoder, decoding.PackedModel):
+        monkeypatch.setattr(kind, "read", spy(kind.read))
+    return shapes
 
 
 @torch.no_grad()
@@ -196,41 +219,143 @@ def test_a_schedule_of_guidance(lm):
     assert not torch.equal(late, draw(lm, cfg=1.0).flatten(1))
 
 
-def test_the_unconditional_half_ends_with_guidance(lm, monkeypatch):
-    rows = []
-    hook = lm.layers[0].register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    try:
-        early = draw(lm, cfg=[3.0] * 5 + [1.0] * 7)
-    finally:
-        hook.remove()
-    assert rows == [6] * 5 + [3] * 7
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_unconditional_half_ends_with_guidance(lm, reads, backend):
+    early = draw(lm, cfg=[3.0] * 5 + [1.0] * 7, backend=backend)
+    assert [shape[0] for shape in reads] == [6] * 5 + [3] * 7
     # As if it had gone on: a scale of 1 + 2⁻⁵⁰ counts as guidance, and is 1 in fp32.
-    assert torch.equal(early, draw(lm, cfg=[3.0] * 5 + [1.0] * 6 + [1 + 2.0**-50]))
+    late = draw(lm, cfg=[3.0] * 5 + [1.0] * 6 + [1 + 2.0**-50], backend=backend)
+    assert torch.equal(early, late)
 
 
-def test_the_unconditional_half_is_dropped_without_guidance(lm):
-    rows = []
-    hook = lm.layers[0].register_forward_hook(lambda module, args, output: rows.append(len(output)))
-    try:
-        draw(lm, cfg=3.0)
-        draw(lm, cfg=1.0, unconditional=None)
-    finally:
-        hook.remove()
-    assert rows == [6] * 12 + [3] * 12  # the prompts, then 11 of 12 tokens: the last is not read
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_unconditional_half_is_dropped_without_guidance(lm, reads, backend):
+    draw(lm, cfg=3.0, backend=backend)
+    draw(lm, cfg=1.0, unconditional=None, backend=backend)
+    # The prompts, then 11 of 12 tokens: the last is not read.
+    assert [shape[0] for shape in reads] == [6] * 12 + [3] * 12
 
 
-def test_only_image_rows_of_the_head_are_computed(lm, monkeypatch):
-    shapes = []
-    head = TransformerLM.head
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_only_image_rows_of_the_head_are_computed(lm, reads, backend):
+    draw(lm, backend=backend)
+    assert reads == [(6, 1, 30)] * 12
 
-    def spy(self, features, logits=None):
-        result = head(self, features, logits)
-        shapes.append(tuple(result.shape))
-        return result
 
-    monkeypatch.setattr(TransformerLM, "head", spy)
-    draw(lm)
-    assert shapes == [(6, 30)] * 12
+# --- the fused path
+
+
+OPTIONS = [
+    {},
+    {"cfg": 1.0},
+    {"temperature": 0},
+    {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+    {"cfg": [4.0] * 5 + [1.0] * 7},
+]
+
+
+@fused
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_step_draws_what_modules_draw(lm, options, dtype):
+    """With bf16 weights, what modules draw with the same weights in fp32."""
+    import copy
+
+    rounded = copy.deepcopy(lm).to(dtype).float()
+    expected = draw(rounded, backend="reference", **options)
+    weights = {torch.float32: None, torch.bfloat16: "bf16"}[dtype]
+    assert torch.equal(draw(lm, weights=weights, **options), expected)
+
+
+@fused
+@pytest.mark.parametrize("changes", [
+    dict(norm="layernorm", norm_bias=True, qk_norm="full"),
+    dict(norm="layernorm", qk_norm="head", rotary="interleaved"),
+    dict(rotary="head", num_kv_heads=4),
+    dict(rotary="none", tied=True, ffn_dim=50),
+], ids=str)  # fmt: skip
+def test_the_fused_step_knows_all_kinds_of_models(changes):
+    torch.manual_seed(0)
+    lm = TransformerLM(TINY.replace(**changes))
+    with torch.no_grad():
+        for p in lm.parameters():  # norms that do something
+            p.add_(0.1 * torch.randn_like(p))
+    assert torch.equal(draw(lm), draw(lm, backend="reference"))
+
+
+@fused
+def test_a_thousand_greedy_tokens_are_those_of_the_reference():
+    torch.manual_seed(0)
+    lm = TransformerLM(TINY.replace(max_positions=1100, image_vocab_size=500))
+    options = dict(grid=(32, 32), temperature=0, cfg=2.0)
+    for weights in ("fp32", "bf16"):
+        model = lm if weights == "fp32" else lm.to(torch.bfloat16).float()
+        fused_codes = draw(model, PROMPTS[:1], [1], weights=weights, **options)
+        plain = draw(model, PROMPTS[:1], [1], backend="reference", **options)
+        assert torch.equal(fused_codes, plain) and len(plain.unique()) > 20
+
+
+@fused
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integer_weights_draw_other_pictures_that_depend_on_their_seed_alone(lm, weights):
+    together = draw(lm, weights=weights)
+    for i in range(3):
+        alone = draw(lm, PROMPTS[i : i + 1], [i + 1], weights=weights)
+        assert torch.equal(alone[0], together[i])
+
+
+@fused
+def test_packed_weights_follow_the_model(lm):
+    import copy
+
+    model = copy.deepcopy(lm)
+    before = draw(model)
+    first = decoding.packed(model, "fp32")
+    assert decoding.packed(model, "fp32") is first
+    with torch.no_grad():
+        model.layers[0].attention.qkv.weight.mul_(3)
+    assert decoding.packed(model, "fp32") is not first
+    after = draw(model)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, draw(model, backend="reference"))
+
+
+def test_packed_weights_are_for_the_cpu_and_for_known_types(lm):
+    with pytest.raises(ValueError, match="weights='bf16': packed weights are for models"):
+        draw(TransformerLM(TINY).double(), weights="bf16")
+    with pytest.raises(ValueError, match="weight_type 'fp8': expected one of"):
+        draw(lm, weights="fp8")
+
+
+# --- guesses ahead
+
+
+@fused
+@pytest.mark.parametrize("options", [*OPTIONS, {"weights": "int8"}], ids=str)
+@pytest.mark.parametrize("ahead", [1, 2, 5, 30])
+def test_guesses_change_no_token(lm, options, ahead):
+    assert torch.equal(draw(lm, speculate=ahead, **options), draw(lm, **options))
+
+
+@fused
+def test_guesses_that_are_right_save_passes():
+    """A model that repeats itself is drawn in few passes; one image at a time in fewer."""
+    torch.manual_seed(0)
+    lm = TransformerLM(TINY)
+    with torch.no_grad():
+        for p in lm.layers.parameters():
+            p.zero_()
+        lm.output.weight.copy_(lm.tok_embeddings.weight * 20)  # the same code again
+    options = dict(grid=(3, 4), cfg=1.0, temperature=0)
+    plain = sample_codes(lm, PROMPTS, seeds=[1, 2, 3], **options)
+    guessed = sample_codes(lm, PROMPTS, seeds=[1, 2, 3], speculate=3, **options)
+    assert torch.equal(plain.codes, guessed.codes)
+    assert plain.statistics.passes == 11 and guessed.statistics.passes == 3
+
+
+def test_speculate_is_checked(lm):
+    with pytest.raises(ValueError, match="speculate=-1: expected at least 0"):
+        draw(lm, speculate=-1)
 
 
 @pytest.mark.parametrize("kind", ["class", "caption"])
@@ -285,7 +410,7 @@ def test_a_step_is_one_graph(lm, monkeypatch):
     expected = draw(lm, top_k=9, top_p=0.9)
     step = torch.compile(sampling.decode_one_token, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(sampling, "decode_one_token", step)
-    assert torch.equal(draw(lm, top_k=9, top_p=0.9), expected)
+    assert torch.equal(draw(lm, top_k=9, top_p=0.9, backend="reference"), expected)
 
 
 def test_the_backend_can_be_chosen_and_is_reported(lm):

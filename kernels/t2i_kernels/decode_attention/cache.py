@@ -18,6 +18,8 @@ class KVCache:
     ``seqlens``. Slots before ``start`` are left padding; the token in slot ``start`` has
     position 0.
 
+    ``decode_step`` takes one for all layers, whose buffers have one more dimension in front.
+
     An int8 cache keeps round(x / s) and one scale s = max|x| / 127 for each slot and head.
     """
 
@@ -57,13 +59,13 @@ class KVCache:
     @property
     def max_seqlen(self) -> int:
         """Slots a row."""
-        return self.k.shape[1]
+        return self.k.shape[-3]
 
     def first(self, rows: int) -> KVCache:
         """The first ``rows`` rows, in the same memory."""
-        scales = (None if s is None else s[:rows] for s in (self.k_scale, self.v_scale))
-        tensors = (t[:rows] for t in (self.k, self.v, self.seqlens, self.start))
-        return KVCache(*tensors, *scales)
+        k, v = (t[..., :rows, :, :, :] for t in (self.k, self.v))
+        scales = (None if s is None else s[..., :rows, :, :] for s in (self.k_scale, self.v_scale))
+        return KVCache(k, v, self.seqlens[:rows], self.start[:rows], *scales)
 
     def advance(self, tokens: int) -> None:
         """Keep the ``tokens`` slots that ``decode_attention`` wrote last; negative goes back."""

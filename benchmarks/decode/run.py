@@ -1,0 +1,210 @@
+"""Decodes the same random weights with every engine, in turns: results/decode.json.
+
+    python benchmarks/decode/run.py --shapes 135m 1b --threads 2 1 --batches 1 2 8
+
+Every engine gets an environment of its own under .venv-decode, models are converted once under
+data/decode. What cannot be installed or converted is in the result with its reason. An interrupted
+run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))
+
+from engines import ENGINES  # noqa: E402
+from shapes import PROMPT, TOKENS, make_model  # noqa: E402
+
+RESULT = ROOT / "benchmarks/results/decode.json"
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+CHECKED = 16  # tokens that have to be transformers', in fp32
+MEMORY = 12e9  # bytes of weights of all engines that are loaded at once
+
+# What each engine's environment takes; ours and transformers' are this one.
+TORCH = "torch==2.13.0"
+PACKAGES = {
+    "llama.cpp": ["llama-cpp-python==0.3.36", "gguf", "safetensors", "numpy"],
+    "ik_llama.cpp": ["ik-llama-cpp-python==0.1.5", "numpy"],
+    "onnxruntime-genai": [TORCH, "onnxruntime-genai==0.18.0", "onnx", "onnx-ir", "transformers"],
+    "openvino-genai": [TORCH, "openvino-genai==2026.4.1.0", "optimum-intel", "nncf"],
+    "ctranslate2": [TORCH, "ctranslate2==4.8.5", "transformers"],
+}
+
+
+def main() -> None:
+    options = arguments()
+    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": []}
+    pythons = {name: environment(name) for name in ENGINES}
+    for shape in options.shapes:
+        folder = ROOT / "data/decode" / shape
+        make_model(shape, folder)
+        for threads in options.threads:
+            for batch in options.batches:
+                for precision in PRECISIONS:
+                    case = {"shape": shape, "threads": threads, "batch": batch,
+                            "precision": precision, "tokens": TOKENS, "prompt": PROMPT}  # fmt: skip
+                    if any(run["case"] == case for run in record["runs"]) and not options.again:
+                        continue
+                    record["runs"] = [run for run in record["runs"] if run["case"] != case]
+                    record["runs"].append(race(case, folder, pythons, options.rounds))
+                    write(record)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["135m", "1b"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--again", action="store_true", help="measure what is there already")
+    return parser.parse_args()
+
+
+def environment(name: str) -> str | None:
+    """The interpreter of an engine's environment, made where it is missing; None where it cannot be
+    made, which log.txt in it explains."""
+    if name not in PACKAGES:
+        return sys.executable
+    folder = ROOT / ".venv-decode" / name
+    python = folder / "bin/python"
+    if (folder / "done").exists():
+        return str(python)
+    if (folder / "failed").exists():
+        return None
+    print(f"{name}: making its environment", flush=True)
+    venv.create(folder, with_pip=True)
+    # Engines that are compiled use what this machine has.
+    variables = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+    for package in PACKAGES[name]:  # torch first: the others take the one that is there
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(
+                [python, "-m", "pip", "install", package], stdout=log, stderr=log, env=variables
+            )
+        if done.returncode:
+            (folder / "failed").touch()
+            return None
+    (folder / "done").touch()
+    return str(python)
+
+
+class Worker:
+    """An engine in a process of its own."""
+
+    def __init__(self, name: str, python: str, folder: Path, case: dict[str, Any]):
+        threads = str(case["threads"])
+        variables = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        command = [python, str(HERE / "engines.py")]
+        arguments = [name, str(folder), case["precision"]]
+        self.log = tempfile.TemporaryFile("w+")
+        pipes = {"stderr": self.log, "env": variables, "text": True}
+        self.process = None
+        done = subprocess.run([*command, "convert", *arguments], stdout=self.log, **pipes)
+        if done.returncode:
+            raise RuntimeError(self.last_words())
+        self.process = subprocess.Popen(
+            [*command, "serve", *arguments, str(case["batch"]), threads],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, **pipes,
+        )  # fmt: skip
+        self.about = self.answer()
+
+    def run(self, count: int) -> dict[str, Any]:
+        print(count, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(self.last_words())
+        return json.loads(line)
+
+    def last_words(self) -> str:
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log.read().splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "it ended without a word"
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]:
+    """All engines on one problem: checked first, then in turns."""
+    from t2i_kernels import native
+
+    rows: dict[str, dict[str, Any]] = {}
+    workers: dict[str, Worker] = {}
+    expected = None
+    for name, engine in ENGINES.items():
+        if case["precision"] not in engine.precisions:
+            continue
+        if pythons[name] is None:
+            rows[name] = {"skipped": "its environment could not be made"}
+            continue
+        try:
+            worker = Worker(name, pythons[name], folder, case)
+            first = worker.run(CHECKED)
+        except RuntimeError as reason:
+            rows[name] = {"skipped": str(reason)}
+            continue
+        rows[name] = {**worker.about, "prefill": [], "decode": []}
+        workers[name] = worker
+        if expected is None:  # of the engine that is there at every precision: us
+            expected = first["tokens"]
+        same = sum(a == b for x, y in zip(first["tokens"], expected, strict=True)
+                   for a, b in zip(x, y, strict=True))  # fmt: skip
+        rows[name]["same_tokens"] = same / (CHECKED * case["batch"])
+    bandwidth = []
+    names = list(workers)
+    for turn in range(rounds):
+        weights = rows["t2i"]["bytes"] if "t2i" in rows else 1 << 28
+        bandwidth.append(native.read_bandwidth(case["threads"], weights))
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            result = workers[name].run(TOKENS)
+            rows[name]["prefill"].append(result["prefill"])
+            rows[name]["decode"].append(result["decode"])
+    for worker in workers.values():
+        worker.stop()
+    steps = TOKENS - 1
+    for row in rows.values():
+        if "decode" in row:
+            median = statistics.median(row["decode"])
+            row["tokens_per_second"] = case["batch"] * steps / median
+            row["spread"] = (max(row["decode"]) - min(row["decode"])) / median
+    limit = statistics.median(bandwidth)
+    print(json.dumps(case), f"{limit / 1e9:.1f} GB/s", flush=True)
+    for name, row in rows.items():
+        print(
+            f"  {name:18s}",
+            row.get("skipped")
+            or f"{row['tokens_per_second']:8.1f} tokens/s "
+            f"{row['same_tokens']:.0%} the same tokens, {row['spread']:.0%} spread",
+            flush=True,
+        )
+    return {"case": case, "bandwidth": limit, "rows": rows, "machine": platform.processor(),
+            "instruction_set": native.cpu_capability()}  # fmt: skip
+
+
+def write(record: dict[str, Any]) -> None:
+    RESULT.parent.mkdir(exist_ok=True)
+    part = RESULT.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(part, RESULT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+// How the attention of a decoding step is cut into tasks: by rows, key heads, blocks of tokens, and
+// parts of their slots, at places that depend on a row alone.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "bindings/common.h"
+#include "cpu/decode_attention.h"
+
+namespace t2i {
+
+inline cpu::CacheType cache_type(const char* op, const Tensor& cache) {
+  if (cache.scalar_type() == ScalarType::Char) return cpu::CacheType::int8;
+  switch (float_type(op, cache, "cache")) {
+    case cpu::FloatType::f32: return cpu::CacheType::f32;
+    case cpu::FloatType::bf16: return cpu::CacheType::bf16;
+    case cpu::FloatType::f16: return cpu::CacheType::f16;
+  }
+  return cpu::CacheType::f32;
+}
+
+template <typename... Args>
+void check_index(const char* op, bool ok, const Args&... message) {
+  if (ok) return;
+  std::ostringstream text;
+  text << op << ": ";
+  (text << ... << message);
+  throw std::out_of_range(text.str());  // Python: IndexError
+}
+
+// That new tokens fit into the cache, before anything is written. positions: of the rotary tables.
+inline void check_slots(const char* op, const cpu::DecodeStep& step, int64_t batch, int64_t slots,
+                        const int64_t* positions) {
+  if (batch == 0) return;
+  int64_t low = step.seqlens[0], high = step.seqlens[0], earliest = step.start[0], last = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t end = step.seqlens[b] + step.tokens - 1;
+    low = std::min<int64_t>(low, step.seqlens[b]);
+    high = std::max<int64_t>(high, end);
+    earliest = std::min<int64_t>(earliest, step.start[b]);
+    last = std::max<int64_t>(last, end - (step.positions_from_start ? step.start[b] : 0));
+  }
+  check_index(op, low >= 0 && high < slots, "cache.seqlens puts the new tokens into slots ", low,
+              " to ", high, ", but the cache has ", slots, " slots");
+  check_index(op, earliest >= 0, "cache.start is ", earliest, ", below 0");
+  check_index(op, !positions || last < *positions, "position ", last,
+              " is outside rotary_cos, which has ", positions ? *positions : 0);
+}
+
+// Slots of a task at most, counted from start. Short enough that few heads keep all threads busy.
+constexpr int64_t kDecodePart = 2 * cpu::kDecodeSlots;
+
+// The parts of a group write the same outputs, and follow each other.
+struct DecodePlan {
+  std::vector<cpu::DecodeTask> parts;
+  std::vector<int64_t> groups;  // where each begins; behind them, the end
+
+  int64_t num_groups() const { return int64_t(groups.size()) - 1; }
+  int64_t num_parts() const { return int64_t(parts.size()); }
+};
+
+inline DecodePlan plan_decode(const cpu::DecodeStep& step, int64_t batch) {
+  DecodePlan plan;
+  const int64_t block = cpu::decode_tokens(step);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t begin = step.start[b];
+    for (int64_t h = 0; h < step.kv_heads; ++h) {
+      for (int64_t token = 0; token < step.tokens; token += block) {
+        const int64_t token_end = std::min(step.tokens, token + block);
+        const int64_t end = step.seqlens[b] + token_end;
+        int64_t slot = std::max<int64_t>(begin, step.seqlens[b] + token - step.window);
+        slot = std::min(end, begin + (slot - begin) / cpu::kDecodeSlots * cpu::kDecodeSlots);
+        plan.groups.push_back(plan.num_parts());
+        do {
+          const int64_t next = begin + ((slot - begin) / kDecodePart + 1) * kDecodePart;
+          const int64_t stop = std::min(end, next);
+          plan.parts.push_back({b, h, token, token_end, slot, stop});
+          slot = stop;
+        } while (slot < end);
+      }
+    }
+  }
+  plan.groups.push_back(plan.num_parts());
+  return plan;
+}
+
+// Floats of one part's result, and where they are in them.
+inline int64_t partial_size(const cpu::DecodeStep& step) {
+  const int64_t rows = step.groups * cpu::decode_tokens(step), width = (step.dim + 15) / 16 * 16;
+  return rows * (width + 2);
+}
+
+inline cpu::DecodePartial partial_in(const cpu::DecodeStep& step, float* memory) {
+  const int64_t rows = step.groups * cpu::decode_tokens(step), width = (step.dim + 15) / 16 * 16;
+  return {memory, memory + rows * width, memory + rows * (width + 1)};
+}
+
+}  // namespace t2i

@@ -1,0 +1,415 @@
+// t2i::decode_step.cpu on torch's stable ABI: all layers of a transformer for a few new tokens of each
+// row, in one parallel region. The schema is defined in kernels/t2i_kernels/decode_step/api.py.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "bindings/decode_plan.h"
+#include "bindings/linear.h"
+#include "bindings/team.h"
+#include "cpu/norm.h"
+
+namespace t2i {
+namespace {
+
+using namespace t2i::cpu;
+
+constexpr const char* kOp = "decode_step";
+constexpr int64_t kFewRows = 16;  // every thread normalises them for itself: no barrier
+
+enum class QKNorm { none, head, full };
+
+struct Layer {
+  Norm attention_norm, q_norm, k_norm, ffn_norm;
+  PackedMatrix qkv, out, gate_up, down;
+};
+
+struct Decoder {
+  int64_t dim, heads, kv_heads, head_dim, ffn_dim;
+  QKNorm qk_norm;
+  std::vector<Layer> layers;
+  Norm norm;
+  PackedMatrix head;
+
+  int64_t groups() const { return heads / kv_heads; }
+  int64_t q_width() const { return heads * head_dim; }
+  int64_t qkv_width() const { return (heads + 2 * kv_heads) * head_dim; }
+  int64_t ffn_width() const { return round_to_panel(ffn_dim); }
+
+  static int64_t round_to_panel(int64_t x) {
+    return (x + kPanelOutputs - 1) / kPanelOutputs * kPanelOutputs;
+  }
+};
+
+// Takes matrices and norms in the order in which they are used.
+struct Reader {
+  WeightType type;
+  const uint8_t *weights, *weights_end;
+  const float *vectors, *vectors_end;
+  bool centered;
+  float eps;
+
+  PackedMatrix matrix(int64_t outputs, int64_t inputs) {
+    const PackedMatrix matrix{type, outputs, inputs, weights};
+    const int64_t bytes = matrix.panels() * matrix.panel_bytes();
+    check(kOp, bytes <= weights_end - weights, "weights are too few for the shape");
+    weights += bytes;
+    return matrix;
+  }
+
+  Norm norm(int64_t channels) {
+    const int64_t count = centered ? 2 * channels : channels;
+    check(kOp, count <= vectors_end - vectors, "vectors are too few for the shape");
+    const Norm norm{vectors, centered ? vectors + channels : nullptr, eps, centered};
+    vectors += count;
+    return norm;
+  }
+};
+
+Decoder read_decoder(Reader reader, int64_t layers, int64_t outputs, Decoder decoder) {
+  const int64_t dim = decoder.dim, q_norm = decoder.qk_norm == QKNorm::full
+                                                ? decoder.q_width() : decoder.head_dim;
+  const int64_t k_norm = decoder.qk_norm == QKNorm::full
+                             ? decoder.kv_heads * decoder.head_dim : decoder.head_dim;
+  for (int64_t i = 0; i < layers; ++i) {
+    Layer layer;
+    layer.attention_norm = reader.norm(dim);
+    if (decoder.qk_norm != QKNorm::none) {
+      layer.q_norm = reader.norm(q_norm);
+      layer.k_norm = reader.norm(k_norm);
+    }
+    layer.ffn_norm = reader.norm(dim);
+    layer.qkv = reader.matrix(decoder.qkv_width(), dim);
+    layer.out = reader.matrix(dim, decoder.q_width());
+    layer.gate_up = reader.matrix(2 * decoder.ffn_width(), dim);
+    layer.down = reader.matrix(dim, decoder.ffn_dim);
+    decoder.layers.push_back(layer);
+  }
+  decoder.norm = reader.norm(dim);
+  decoder.head = reader.matrix(outputs, dim);
+  check(kOp, reader.weights == reader.weights_end && reader.vectors == reader.vectors_end,
+        "weights or vectors are too many for the shape");
+  return decoder;
+}
+
+// ---- The step ----------------------------------------------------------------------------------
+
+class Step {
+ public:
+  Step(const Decoder& decoder, const DecodeStep& attention, int64_t batch, int64_t layer_stride,
+       int64_t scale_stride, int64_t threads)
+      : decoder_(decoder), attention_(attention), batch_(batch), rows_(batch * attention.tokens),
+        layer_stride_(layer_stride), scale_stride_(scale_stride), threads_(threads),
+        linear_(linear_kernels()), decode_(decode_kernels()), norm_row_(norm_row()) {
+    plan_ = plan_decode(attention_, batch);
+    widest_ = std::max({decoder.dim, decoder.q_width(), decoder.ffn_width()});
+    quantized_ = decoder.head.quantized();
+    // Of a thread: sums, or attention's workspace and one result; and a few prepared rows.
+    prepared_size_ = std::min(rows_, kFewRows) * widest_;
+    quantized_size_ = quantized_ ? quantized_size(std::min(rows_, kFewRows), widest_) : 0;
+    attention_size_ = decode_.workspace(attention_);
+    thread_size_ = round_up(std::max(kLinearWorkspace, attention_size_)) +
+                   round_up(prepared_size_) + round_up(quantized_size_);
+    const int64_t shared_rows = rows_ > kFewRows ? rows_ : 0;
+    const int64_t sizes[] = {rows_ * decoder.dim,
+                             rows_ * decoder.qkv_width(),
+                             rows_ * decoder.q_width(),
+                             rows_ * decoder.ffn_width(),
+                             plan_.num_parts() * partial_size(attention_),
+                             shared_rows * widest_,
+                             quantized_ ? quantized_size(shared_rows, widest_) : 0,
+                             threads * thread_size_};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += round_up(size);
+    memory_ = allocate(total);
+    float* next = memory_.get();
+    float** places[] = {&residual_, &qkv_, &attended_, &ffn_, &partials_, &shared_,
+                        &shared_quantized_, &threads_space_};
+    for (int i = 0; i < 8; ++i) {
+      *places[i] = next;
+      next += round_up(sizes[i]);
+    }
+    const int64_t width = decoder.qkv_width(), tokens = attention_.tokens, dim = decoder.head_dim;
+    const auto in_qkv = [&](int64_t head) {
+      return Tokens{qkv_ + head * dim, tokens * width, width, dim};
+    };
+    attention_.q = in_qkv(0);
+    attention_.k_new = in_qkv(decoder.heads);
+    attention_.v_new = in_qkv(decoder.heads + decoder.kv_heads);
+    attention_.out = {attended_, tokens * decoder.q_width(), decoder.q_width(), dim};
+    next_task_ = std::vector<std::atomic<int64_t>>(decoder.layers.size());
+  }
+
+  float* residual() { return residual_; }
+
+  // logits: [batch, last, outputs], of the last tokens of each row.
+  void run(float* logits, int64_t last) {
+    run_team(threads_, [&](const Member& member) {
+      for (size_t i = 0; i < decoder_.layers.size(); ++i) {
+        attend(member, decoder_.layers[i], int64_t(i));
+        feed_forward(member, decoder_.layers[i]);
+      }
+      score(member, logits, last);
+    });
+  }
+
+ private:
+  static int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+  float* space(const Member& member) { return threads_space_ + member.index * thread_size_; }
+
+  // Rows as a product takes them: normalised where there is a norm, quantised where weights are. Few
+  // are prepared by every thread for itself; many by all for all.
+  template <typename Row>
+  LinearInputs prepare(const Member& member, const Row& row_at, int64_t rows, int64_t inputs,
+                       const Norm* norm) {
+    LinearInputs in{rows, row_at(0), row_at(1) - row_at(0), {}};
+    if (!norm && !quantized_) return in;
+    const bool few = rows <= kFewRows;
+    float* mine = space(member) + round_up(std::max(kLinearWorkspace, attention_size_));
+    float* prepared = few ? mine : shared_;
+    if (quantized_) {
+      in.quantized = quantized_in(few ? mine + round_up(prepared_size_) : shared_quantized_, rows,
+                                  inputs);
+    }
+    const auto [begin, end] = few ? std::pair<int64_t, int64_t>{0, rows} : member.share(rows);
+    for (int64_t row = begin; row < end; ++row) {
+      const float* from = row_at(row);
+      if (norm) {
+        norm_row_(from, inputs, *norm, prepared + row * inputs);
+        from = prepared + row * inputs;
+      }
+      if (quantized_) {
+        linear_.quantize(from, inputs, quantized_row(in.quantized, row, inputs));
+      }
+    }
+    if (norm) {
+      in.x = prepared;
+      in.stride = inputs;
+    }
+    if (!few) member.wait();
+    return in;
+  }
+
+  void multiply(const Member& member, const PackedMatrix& matrix, const LinearInputs& in,
+                const LinearOutputs& out) {
+    const int64_t panels = matrix.panels() / (out.epilogue == Epilogue::swiglu ? 2 : 1);
+    const auto [begin, end] = member.share(panels);
+    linear_.multiply(matrix, in, begin, end, out, space(member));
+  }
+
+  void attend(const Member& member, const Layer& layer, int64_t index) {
+    const int64_t dim = decoder_.dim, width = decoder_.qkv_width();
+    const auto residual = [&](int64_t row) { return residual_ + row * dim; };
+    const LinearInputs in = prepare(member, residual, rows_, dim, &layer.attention_norm);
+    multiply(member, layer.qkv, in, {qkv_, width, Epilogue::store});
+    member.wait();
+    if (decoder_.qk_norm != QKNorm::none) {
+      const auto [begin, end] = member.share(rows_);
+      for (int64_t row = begin; row < end; ++row) normalise_heads(layer, qkv_ + row * width);
+      member.wait();
+    }
+    run_attention(member, index);
+    member.wait();
+    const int64_t q_width = decoder_.q_width();
+    const auto attended = [&](int64_t row) { return attended_ + row * q_width; };
+    multiply(member, layer.out, prepare(member, attended, rows_, q_width, nullptr),
+             {residual_, dim, Epilogue::add});
+    member.wait();
+  }
+
+  void normalise_heads(const Layer& layer, float* qkv) {
+    const bool full = decoder_.qk_norm == QKNorm::full;
+    for (int64_t which = 0; which < 2; ++which) {
+      const int64_t heads = which ? decoder_.kv_heads : decoder_.heads;
+      const Norm& norm = which ? layer.k_norm : layer.q_norm;
+      float* x = qkv + (which ? decoder_.q_width() : 0);
+      const int64_t channels = (full ? heads : 1) * decoder_.head_dim;
+      for (int64_t i = 0; i < (full ? 1 : heads); ++i) {
+        norm_row_(x + i * channels, channels, norm, x + i * channels);
+      }
+    }
+  }
+
+  void run_attention(const Member& member, int64_t index) {
+    DecodeStep step = attention_;
+    const int64_t bytes = step.cache_type == CacheType::f32 ? 4
+                          : step.cache_type == CacheType::int8 ? 1 : 2;
+    for (Tokens* cache : {&step.k, &step.v}) {
+      cache->data = static_cast<char*>(cache->data) + index * layer_stride_ * bytes;
+    }
+    for (Scales* scales : {&step.k_scale, &step.v_scale}) {
+      if (scales->data) scales->data += index * scale_stride_;
+    }
+    float* mine = space(member);
+    // A single token goes into the last part of its row, which appends it before it attends. Several
+    // are all appended first.
+    const bool single = step.tokens == 1;
+    if (!single) {
+      const auto [begin, end] = member.share(batch_ * step.kv_heads);
+      for (int64_t i = begin; i < end; ++i) {
+        decode_.append(step, i / step.kv_heads, i % step.kv_heads, mine);
+      }
+      member.wait();
+    }
+    const int64_t size = partial_size(step), parts = plan_.num_parts();
+    const bool whole = parts == plan_.num_groups();
+    std::atomic<int64_t>& next = next_task_[index];
+    for (int64_t i = next++; i < parts; i = next++) {
+      const DecodeTask& task = plan_.parts[i];
+      if (single && task.slot_end == step.seqlens[task.row] + 1) {
+        decode_.append(step, task.row, task.head, mine);
+      }
+      const DecodePartial partial = partial_in(step, partials_ + i * size);
+      decode_.attend(step, task, partial, mine);
+      if (whole) decode_.finish(step, task, &partial, 1);
+    }
+    if (whole) return;
+    member.wait();
+    const auto [begin, end] = member.share(plan_.num_groups());
+    std::vector<DecodePartial> partials;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = plan_.groups[group], last = plan_.groups[group + 1];
+      partials.clear();
+      for (int64_t i = first; i < last; ++i) {
+        partials.push_back(partial_in(step, partials_ + i * size));
+      }
+      decode_.finish(step, plan_.parts[first], partials.data(), last - first);
+    }
+  }
+
+  void feed_forward(const Member& member, const Layer& layer) {
+    const int64_t dim = decoder_.dim, width = decoder_.ffn_width();
+    const auto residual = [&](int64_t row) { return residual_ + row * dim; };
+    multiply(member, layer.gate_up, prepare(member, residual, rows_, dim, &layer.ffn_norm),
+             {ffn_, width, Epilogue::swiglu});
+    member.wait();
+    const auto hidden = [&](int64_t row) { return ffn_ + row * width; };
+    multiply(member, layer.down, prepare(member, hidden, rows_, decoder_.ffn_dim, nullptr),
+             {residual_, dim, Epilogue::add});
+    member.wait();
+  }
+
+  void score(const Member& member, float* logits, int64_t last) {
+    const int64_t dim = decoder_.dim, skipped = attention_.tokens - last;
+    const auto residual = [&](int64_t row) {
+      return residual_ + (row + (row / last + 1) * skipped) * dim;
+    };
+    multiply(member, decoder_.head, prepare(member, residual, batch_ * last, dim, &decoder_.norm),
+             {logits, decoder_.head.outputs, Epilogue::store});
+  }
+
+  const Decoder& decoder_;
+  DecodeStep attention_;
+  DecodePlan plan_;
+  int64_t batch_, rows_, layer_stride_, scale_stride_, threads_;
+  const LinearKernels& linear_;
+  const DecodeKernels& decode_;
+  NormRow norm_row_;
+  bool quantized_;
+  int64_t widest_, prepared_size_, quantized_size_, attention_size_, thread_size_;
+  Floats memory_;
+  float *residual_, *qkv_, *attended_, *ffn_, *partials_, *shared_, *shared_quantized_,
+      *threads_space_;
+  std::vector<std::atomic<int64_t>> next_task_;
+};
+
+QKNorm qk_norm_named(const std::string& name) {
+  if (name == "none") return QKNorm::none;
+  if (name == "head") return QKNorm::head;
+  check(kOp, name == "full", "qk_norm must be none, head or full, got ", name);
+  return QKNorm::full;
+}
+
+Tensor decode_step(Tensor x, Tensor weights, Tensor vectors, std::string type, int64_t heads,
+                   int64_t ffn_dim, int64_t outputs, std::string norm, double norm_eps,
+                   std::string qk_norm, Tensor k_cache, Tensor v_cache,
+                   std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, Tensor seqlens,
+                   Tensor start, std::optional<Tensor> rotary_cos,
+                   std::optional<Tensor> rotary_sin, bool rotary_interleaved,
+                   bool positions_from_start, int64_t last) {
+  check(kOp, x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float,
+        "x must be float32 [batch, tokens, dim] on the CPU");
+  for (const Tensor* cache : {&k_cache, &v_cache}) {
+    check(kOp, cache->is_cpu() && cache->dim() == 5 && cache->stride(4) == 1,
+          "cache must be [layers, batch, slots, heads, head_dim] on the CPU, its rows contiguous");
+  }
+  check(kOp, weights.is_cpu() && weights.is_contiguous() && vectors.is_cpu() &&
+            vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Float,
+        "weights and vectors must be contiguous on the CPU");
+  const int64_t batch = x.size(0), tokens = x.size(1), slots = k_cache.size(2);
+  const int64_t kv_heads = k_cache.size(3);
+  check(kOp, last >= 1 && last <= tokens, "last must be 1 to ", tokens, ", got ", last);
+  check(kOp, kv_heads > 0 && heads % kv_heads == 0, "heads, ", heads, ", is no multiple of the "
+        "cache's ", kv_heads);
+
+  Decoder decoder{};
+  decoder.dim = x.size(2);
+  decoder.heads = heads;
+  decoder.kv_heads = kv_heads;
+  decoder.head_dim = k_cache.size(4);
+  decoder.ffn_dim = ffn_dim;
+  decoder.qk_norm = qk_norm_named(qk_norm);
+  const uint8_t* bytes = weights.const_data_ptr<uint8_t>();
+  const float* floats = vectors.const_data_ptr<float>();
+  const Reader reader{weight_type(kOp, type), bytes, bytes + weights.numel(), floats,
+                      floats + vectors.numel(), norm == "layernorm", float(norm_eps)};
+  decoder = read_decoder(reader, k_cache.size(0), outputs, decoder);
+
+  DecodeStep step{};
+  step.type = FloatType::f32;
+  step.cache_type = cache_type(kOp, k_cache);
+  step.tokens = tokens;
+  step.kv_heads = kv_heads;
+  step.groups = decoder.groups();
+  step.dim = decoder.head_dim;
+  for (const auto& [to, cache] : {std::pair{&step.k, &k_cache}, std::pair{&step.v, &v_cache}}) {
+    *to = {cache->mutable_data_ptr(), cache->stride(1), cache->stride(2), cache->stride(3)};
+  }
+  int64_t scale_stride = 0;
+  for (const auto& [to, scale] :
+       {std::pair{&step.k_scale, &k_scale}, std::pair{&step.v_scale, &v_scale}}) {
+    if (!*scale) continue;
+    const Tensor& tensor = **scale;
+    *to = {tensor.mutable_data_ptr<float>(), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+    scale_stride = tensor.stride(0);
+  }
+  const Tensor lengths = torch::stable::contiguous(seqlens);
+  const Tensor starts = torch::stable::contiguous(start);
+  step.seqlens = lengths.const_data_ptr<int32_t>();
+  step.start = starts.const_data_ptr<int32_t>();
+  std::optional<Tensor> cos, sin;
+  int64_t positions = 0;
+  if (rotary_cos) {
+    cos = torch::stable::contiguous(*rotary_cos);
+    sin = torch::stable::contiguous(*rotary_sin);
+    step.cos = cos->const_data_ptr<float>();
+    step.sin = sin->const_data_ptr<float>();
+    positions = cos->size(0);
+    step.pairs = cos->size(1);
+  }
+  step.interleaved = rotary_interleaved;
+  step.positions_from_start = positions_from_start;
+  step.window = int64_t(1) << 40;  // all
+  step.scale = float(1 / std::sqrt(double(step.dim)));
+  check_slots(kOp, step, batch, slots, cos ? &positions : nullptr);
+
+  Tensor logits = torch::stable::empty({batch, last, outputs}, ScalarType::Float);
+  if (batch == 0) return logits;
+  const Tensor in = torch::stable::contiguous(x);
+  Step run(decoder, step, batch, k_cache.stride(0), scale_stride,
+           torch::stable::get_num_threads());
+  std::memcpy(run.residual(), in.const_data_ptr<float>(), size_t(in.numel()) * sizeof(float));
+  run.run(logits.mutable_data_ptr<float>(), last);
+  return logits;
+}
+
+}  // namespace
+}  // namespace t2i
+
+STABLE_TORCH_LIBRARY_IMPL(t2i, CPU, m) {
+  m.impl("decode_step.cpu", TORCH_BOX(&t2i::decode_step));
+}

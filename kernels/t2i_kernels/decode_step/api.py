@@ -1,0 +1,139 @@
+"""All layers of a transformer for a few new tokens: schema, checks and backends. No gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..decode_attention import KVCache
+from ..registry import LIBRARY, Backend, Reason, register, register_op, select
+from . import reference
+from .decoder import PackedDecoder
+
+SCHEMA = (
+    "(Tensor x, Tensor weights, Tensor vectors, str weight_type, int heads, int ffn_dim,"
+    " int outputs, str norm, float norm_eps, str qk_norm, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+    " Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor seqlens, Tensor start, Tensor? rotary_cos,"
+    " Tensor? rotary_sin, bool rotary_interleaved, bool positions_from_start, int last)"
+    " -> Tensor logits"
+)
+ROWS = 512  # tokens of all rows in a call of the operator: what it needs of memory stays small
+
+
+def decode_step(
+    x: Tensor,
+    decoder: PackedDecoder,
+    cache: KVCache,
+    *,
+    last: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Run n new tokens of each row through all layers, and score what follows the last of them.
+
+    The cache is appended to and advanced by n. A prompt is read the same way, with n its length. A
+    row's logits are the same to the bit whatever is computed with it, and however its tokens are
+    divided among calls.
+
+    Args:
+        x: fp32 [B, n, dim], embeddings of the new tokens, on the CPU.
+        decoder: the weights.
+        cache: of ``decoder.allocate_cache``, for B rows.
+        last: for how many tokens of each row, from the end, logits are wanted.
+        backend: name of the backend to use; chosen by ``registry`` otherwise.
+
+    Returns:
+        fp32 [B, last, outputs], without a gradient.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape or device.
+        IndexError: a full cache, a position outside the rotary table; nothing is written then.
+        BackendError: the backend asked for cannot run the call.
+    """
+    call = _bind(x, decoder, cache, last=last)
+    run = select("decode_step", backend, *call).run
+    batch, tokens = x.shape[:2]
+    logits, first = [], 0
+    room = max(1, ROWS // max(1, batch))
+    if tokens > room:  # in a first look, that all of them fit
+        _check_room(decoder, cache, tokens)
+    while first < tokens:
+        count = min(room, tokens - first)
+        wanted = max(1, min(count, last - (tokens - first - count)))
+        part = run(call[0][:, first : first + count], *call[1:-1], wanted)
+        if last > tokens - first - count:
+            logits.append(part)
+        cache.advance(count)
+        first += count
+    return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
+
+
+def _check_room(decoder: PackedDecoder, cache: KVCache, tokens: int) -> None:
+    high = int(cache.seqlens.max()) + tokens
+    if high > cache.k.shape[2]:
+        raise IndexError(
+            f"decode_step: cache.seqlens puts the new tokens into slots up to {high - 1}, but the "
+            f"cache has {cache.k.shape[2]} slots"
+        )
+    if decoder.rotary_cos is not None:
+        start = cache.start if decoder.positions_from_start else 0
+        position = int((cache.seqlens - start).max()) + tokens - 1
+        if position >= len(decoder.rotary_cos):
+            raise IndexError(
+                f"decode_step: position {position} is outside rotary_cos, which has "
+                f"{len(decoder.rotary_cos)}"
+            )
+
+
+def _bind(x, decoder, cache, *, last=1) -> tuple:
+    if not isinstance(decoder, PackedDecoder):
+        raise TypeError(f"decoder: expected a PackedDecoder, got {type(decoder).__name__}")
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
+    d = decoder
+    if x.dtype != torch.float32:
+        raise TypeError(f"x: expected float32, got {x.dtype}")
+    if x.dim() != 3 or x.shape[2] != d.dim or x.shape[1] < 1:
+        raise ValueError(f"x: expected [batch, tokens, {d.dim}], got {tuple(x.shape)}")
+    if not 1 <= last <= x.shape[1]:
+        raise ValueError(f"last: expected 1 to {x.shape[1]}, the tokens of x, got {last}")
+    shape = (d.layers, x.shape[0], cache.k.shape[2] if cache.k.dim() == 5 else "slots",
+             d.kv_heads, d.head_dim)  # fmt: skip
+    for name, buffer in (("cache.k", cache.k), ("cache.v", cache.v)):
+        if tuple(buffer.shape) != shape:
+            raise ValueError(
+                f"{name}: expected {shape}, of decoder.allocate_cache, got {tuple(buffer.shape)}"
+            )
+    for name, lengths in (("cache.seqlens", cache.seqlens), ("cache.start", cache.start)):
+        if lengths.dtype != torch.int32 or tuple(lengths.shape) != (len(x),):
+            raise ValueError(
+                f"{name}: expected int32 {(len(x),)}, got {lengths.dtype} {tuple(lengths.shape)}"
+            )
+    return (
+        x.detach(), d.weights, d.vectors, d.weight_type, d.heads, d.ffn_dim, d.outputs, d.norm,
+        d.norm_eps, d.qk_norm, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.seqlens,
+        cache.start, d.rotary_cos, d.rotary_sin, d.rotary_interleaved, d.positions_from_start,
+        last,
+    )  # fmt: skip
+
+
+def _fake(x, weights, vectors, weight_type, heads, ffn_dim, outputs, *rest):
+    return x.new_empty(x.shape[0], rest[-1], outputs)
+
+
+def add_backend(name: str, available, supports) -> None:
+    """Define the overload ``t2i::decode_step.<name>`` and offer it to the registry."""
+    LIBRARY.define(f"decode_step.{name}{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"t2i::decode_step.{name}", _fake, lib=LIBRARY)
+    run = getattr(torch.ops.t2i.decode_step, name)
+    register("decode_step", Backend(name, available, supports, run))
+
+
+def _cpu_supports(x, *rest) -> Reason:
+    return None if x.device.type == "cpu" else f"x is on {x.device}"
+
+
+register_op("decode_step", _bind)
+add_backend("reference", lambda: None, lambda *call: None)
+LIBRARY.impl("decode_step.reference", reference.decode_step, "CompositeExplicitAutograd")
+add_backend("cpu", native.reason, _cpu_supports)

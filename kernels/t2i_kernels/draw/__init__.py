@@ -1,0 +1,4 @@
+from .api import draw
+from .reference import gumbel_noise, keep_likely
+
+__all__ = ["draw", "gumbel_noise", "keep_likely"]
