@@ -4,7 +4,8 @@
 #                interrupted, and goes on where it stopped
 # make fuzz      check ten million vectors of random problems for vq_nearest against fp64
 # make sanitize  run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
-# make bench     measure the kernels beside their peers: benchmarks/results/README.md. An hour or two
+# make bench     measure the kernels beside their peers, half an hour: benchmarks/results/README.md
+# make bench-avx2   the same, all of them restricted to AVX2, as on machines without AVX-512
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
 # make clean     remove the environment and what the build left
 #
@@ -29,7 +30,7 @@ T2I := $(VENV)/bin/t2i
 NAME := emoji64
 MODEL := t2i/pretrained/$(NAME)
 
-.PHONY: demo test fuzz sanitize weights bench install clean FORCE
+.PHONY: demo test fuzz sanitize weights bench bench-avx2 install clean FORCE
 
 BENCH_THREADS ?= 1 2
 
@@ -65,9 +66,17 @@ weights: $(VENV)/installed-weights
 bench: $(VENV)/installed-bench
 	mkdir -p benchmarks/results
 	for n in $(BENCH_THREADS); do for op in vq_nearest flash_attention; do \
-		OMP_NUM_THREADS=$$n $(VENV)/bin/python -m pytest -q benchmarks/test_$$op.py \
-			--benchmark-json=benchmarks/results/$$op-$$n.json || exit 1; done; done
+		OMP_NUM_THREADS=$$n $(BENCH_ENV) $(VENV)/bin/python -m pytest -q benchmarks/test_$$op.py \
+			$(BENCH_TESTS) --benchmark-json=benchmarks/results/$$op$(BENCH_NAME)-$$n.json || exit 1; \
+	done; done
 	$(VENV)/bin/python benchmarks/report.py
+
+# Every library has a switch of its own.
+bench-avx2:
+	$(MAKE) bench BENCH_NAME=-avx2 BENCH_TESTS="-k test_shapes" BENCH_ENV="$(AVX2)"
+AVX2 := T2I_CPU_CAPABILITY=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	ONEDNN_MAX_CPU_ISA=AVX2 FAISS_OPT_LEVEL=AVX2 OPENBLAS_CORETYPE=Haswell \
+	BENCH_COMMAND="make bench-avx2"
 
 install: $(VENV)/installed
 

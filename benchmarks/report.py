@@ -13,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks: by benchmarks/report.py -->", "<!-- end of benchmarks -->"
 ABOUT = """# Benchmarks
 
 Made by `make bench`. Every contender passes a check of its results first, then all take turns: nine
@@ -68,6 +70,7 @@ def main() -> None:
             parts += tables(here)
     (RESULTS / "README.md").write_text("\n".join(parts))
     print(RESULTS / "README.md")
+    overview(records)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -82,7 +85,13 @@ def read(file: Path) -> list[dict[str, Any]]:
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     )
     return [
-        {**b["extra_info"], "run": run, "threads": threads, "test": b["name"].split("[")[0]}
+        {
+            **b["extra_info"],
+            "run": run,
+            "threads": threads,
+            "instruction_set": about["instruction_set"],
+            "test": b["name"].split("[")[0],
+        }
         for b in data["benchmarks"]
         if b["extra_info"]
     ]  # fmt: skip
@@ -101,30 +110,61 @@ def name(case: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def reached(
+    case: dict[str, Any], peers: tuple[str, ...] | None, records: list[dict[str, Any]]
+) -> list[float]:
+    """The best peer's ratio, or the share of the peak, in all problems that have such a case."""
+    found = []
+    for record in records:
+        here = record["case"]
+        if "_over_" in record["test"] or any(here[key] != case[key] for key in case):
+            continue
+        rows = [row for row in record["rows"] if "seconds" in row]
+        if peers is None:
+            ours = next(row for row in rows if row["ours"])
+            found.append(ours["gflops"] / here["peaks"]["gflops"])
+        else:
+            found += sorted(row["ratio"] for row in rows if row["name"] in peers)[:1]
+    return found
+
+
 def goals(asked: list[Any], records: list[dict[str, Any]]) -> list[str]:
     """What was asked, and the range of what was reached."""
     lines = ["| goal | asked | reached | problems that reach it |", "|---|---|---|---|"]
     for case, peers, least in asked:
-        reached = []
-        for record in records:
-            here = record["case"]
-            if "_over_" in record["test"] or any(here[key] != case[key] for key in case):
-                continue
-            rows = [row for row in record["rows"] if "seconds" in row]
-            ours = next(row for row in rows if row["ours"])
-            if peers is None:
-                reached.append(ours["gflops"] / here["peaks"]["gflops"])
-            else:
-                reached += sorted(row["ratio"] for row in rows if row["name"] in peers)[:1]
-        if reached:
+        found = reached(case, peers, records)
+        if found:
             unit = "{:.0%}" if peers is None else "{:.2g}×"
             beside = "of peak" if peers is None else f"beside {' or '.join(peers)}"
             lines.append(
                 f"| {f'{name(case)}, ' if case else ''}{beside} | {unit.format(least)} | "
-                f"{unit.format(min(reached))} – {unit.format(max(reached))} | "
-                f"{sum(x >= least for x in reached)} of {len(reached)} |"
+                f"{unit.format(min(found))} – {unit.format(max(found))} | "
+                f"{sum(x >= least for x in found)} of {len(found)} |"
             )
     return [*lines, ""] if len(lines) > 2 else []
+
+
+def overview(records: list[dict[str, Any]]) -> None:
+    """The table of the project's README."""
+    runs = list(dict.fromkeys((r["threads"], r["instruction_set"]) for r in records))
+    columns = [f"{n} thread{'s' * (n > 1)}, {kind}" for n, kind in runs]
+    lines = [f"| | beside | {' | '.join(columns)} |", "|---|---|" + "---|" * len(runs)]
+    for op, asked in GOALS.items():
+        for case, peers, _ in asked:
+            cells = []
+            for run in runs:
+                here = [
+                    r for r in records
+                    if r["case"]["op"] == op and (r["threads"], r["instruction_set"]) == run
+                ]  # fmt: skip
+                found = reached(case, peers, here) if peers else []
+                cells.append(f"{min(found):.1f} – {max(found):.1f}×" if found else "–")
+            if peers and any(cell != "–" for cell in cells):
+                what = ", ".join(filter(None, [f"`{op}`", name(case)]))
+                lines.append(f"| {what} | {' or '.join(peers)} | {' | '.join(cells)} |")
+    before, rest = README.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text("\n".join([before + BEGIN, *lines, END + after]))
 
 
 def tables(records: list[dict[str, Any]]) -> list[str]:
@@ -198,9 +238,8 @@ def sweep(op: str, records: list[dict[str, Any]], key: str, threads: int) -> str
             *zip(*sorted(points), strict=True), marker="o", markersize=3, label=label, **style
         )
     axes.set(xscale="log", yscale="log", xlabel=key, ylabel="ms")
-    axes.set_title(
-        f"{op}: {name({**records[0]['case'], key: False})}, {threads} thread{'s' * (threads > 1)}", fontsize=9
-    )
+    problem = name({**records[0]["case"], key: False})
+    axes.set_title(f"{op}: {problem}, {threads} thread{'s' * (threads > 1)}", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=7)
     return save(figure, f"{op}-{key}-{threads}.png")
@@ -220,7 +259,7 @@ def roofline(op: str, records: list[dict[str, Any]]) -> str:
         style = {"color": "black", "s": 30, "zorder": 3} if label == "t2i" else {"s": 14}
         axes.scatter(*zip(*places, strict=True), label=label, **style)
     axes.axvline(1, color="grey", linewidth=1)
-    labels = [f"{name(r['case'])}, {r['threads']} thr." for r in records]
+    labels = [f"{name(r['case'])}, {r['threads']} thr., {r['instruction_set']}" for r in records]
     axes.set_yticks(range(len(labels)), labels, fontsize=6)
     axes.set(xscale="log", xlabel="effective GFLOP/s, as a share of the peak of fp32 multiply-adds")
     axes.set_ylim(len(records) - 0.3, -0.7)

@@ -28,7 +28,7 @@ constexpr int64_t kDepth = 512;
 static_assert(kDepth % kBlockInputs == 0);
 
 // Far enough for memory, and near enough to be there still when it is read.
-inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + 1024); }
+inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + 2048); }
 
 // The sums of 16 outputs.
 struct Sums {

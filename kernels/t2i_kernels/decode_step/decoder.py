@@ -179,7 +179,7 @@ def _allocate(size: int) -> Tensor:
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     large = 2 << 20
-    memory = mmap.mmap(-1, size + large)
+    memory = mmap.mmap(-1, size + large, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
