@@ -72,11 +72,12 @@ bench: $(VENV)/installed-bench
 	$(VENV)/bin/python benchmarks/report.py
 
 # Every library has a switch of its own.
-bench-avx2:
-	$(MAKE) bench BENCH_NAME=-avx2 BENCH_TESTS="-k test_shapes" BENCH_ENV="$(AVX2)"
-AVX2 := T2I_CPU_CAPABILITY=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-	ONEDNN_MAX_CPU_ISA=AVX2 FAISS_OPT_LEVEL=AVX2 OPENBLAS_CORETYPE=Haswell \
-	BENCH_COMMAND="make bench-avx2"
+bench-avx2: BENCH_NAME := -avx2
+bench-avx2: BENCH_TESTS := -k test_shapes
+bench-avx2: BENCH_ENV := T2I_CPU_CAPABILITY=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 FAISS_OPT_LEVEL=AVX2 \
+	OPENBLAS_CORETYPE=Haswell BENCH_COMMAND="make bench-avx2"
+bench-avx2: bench
 
 install: $(VENV)/installed
 

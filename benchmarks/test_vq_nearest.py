@@ -163,6 +163,8 @@ def race(benchmark, peaks, threads, n, codes, dim, sphere, kind) -> None:
         """Chosen distances are the least, by fp64, up to the rounding of fp32 inputs' products."""
         nonlocal best
         found = torch.as_tensor(found)
+        if not ((0 <= found) & (found < codes)).all():
+            return "an index outside the codebook"
         distance = (z.double() - codebook[found].double()).square().sum(1)
         if best is None:
             best = least_distances(z.double(), codebook.double())

@@ -49,6 +49,7 @@ Cfg = Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely code.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0: all.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likely codes up to this probability.")]
+Weights = Annotated[str | None, typer.Option(help="fp32, bf16, int8 or int4, on the CPU.")]
 Seed = Annotated[int, typer.Option(help="Of the first picture; the next has the next seed.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the configuration.", metavar="[KEY=VALUE]...")
@@ -172,9 +173,7 @@ def sample(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
     scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
-    weights: Annotated[
-        str | None, typer.Option(help="On the CPU: fp32, bf16, int8 or int4.")
-    ] = None,
+    weights: Weights = None,
     speculate: Annotated[
         int, typer.Option(help="Guess so many tokens ahead in every pass; the picture is the same.")
     ] = 0,
@@ -227,6 +226,7 @@ def evaluate(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    weights: Weights = None,
     seed: Seed = 0,
     card: Annotated[bool, typer.Option("--card", help="Write it into the model's card.")] = False,
     device: Device = "auto",
@@ -241,9 +241,9 @@ def evaluate(
     pipeline = _load(model, device, threads)
     if card and not (model or SHIPPED).joinpath("README.md").exists():
         raise FileNotFoundError(f"--card: {model or SHIPPED} holds no README.md")
-    given = _given(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p)
+    given = _given(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p, weights=weights)
     options = asdict(pipeline.sampling) | given
-    weights = [weights_checksum(part) for part in (pipeline.tokenizer, pipeline.lm)]
+    checksums = [weights_checksum(part) for part in (pipeline.tokenizer, pipeline.lm)]
     result = evaluate_model(
         lambda captions, seeds: pipeline.sample(captions, seed=seeds, **options),
         pipeline.tokenizer,
@@ -251,7 +251,7 @@ def evaluate(
         out,
         prompts=prompts,
         seed=seed,
-        settings={"model": pipeline.name, "weights_sha256": weights, **options},
+        settings={"model": pipeline.name, "weights_sha256": checksums, **options},
         progress=sys.stderr.isatty(),
     )
     tables = summary(result)

@@ -45,15 +45,15 @@ def demo(pipeline: T2I, out: Path, console: Console | None = None) -> None:
         console.print(backend_table(title, explanation), "")
 
     images = pipeline.sample(PROMPTS, progress=console.is_terminal)  # warms up, too
-    table = Table("path", "decoding attention", "tokens/s", "s an image", box=None)
+    table = Table("path", "ran", "tokens/s", "s an image", box=None)
     paths = {"automatic": None, "reference": "reference"}
     best = dict(zip(paths, measure(pipeline, list(paths.values())), strict=True))
     for path, numbers in best.items():
         speeds = f"{numbers.tokens_per_second:.0f}", f"{numbers.seconds_per_image:.3f}"
-        table.add_row(path, numbers.backend, *speeds)
+        table.add_row(path, f"{numbers.path}, {numbers.backend} attention", *speeds)
     console.print(table, "")
     if best["automatic"].backend == "reference":
-        console.print("No fused decoding attention is there for this machine yet.\n")
+        console.print("No fused decoding is there for this machine yet.\n")
     save_image(draw_grid(images, PROMPTS, columns=4), out)
     console.print(f"{len(images)} pictures are in {out}", soft_wrap=True)
 
@@ -81,7 +81,10 @@ def backends(pipeline: T2I) -> dict[str, Explanation]:
     quantizer = pipeline.tokenizer.quantizer
     vectors = torch.empty_like(quantizer.codebook)
     return {
-        "decode_attention (draws the tokens)": explain("decode_attention", q, k, k, cache),
+        "decode_step (draws the tokens, on the CPU)": explain("decode_step"),
+        "decode_attention (draws the tokens elsewhere)": explain(
+            "decode_attention", q, k, k, cache
+        ),
         "flash_attention (tokens to pixels; training)": explain("flash_attention", q, k, k),
         "vq_nearest (pixels to tokens; training)": explain(
             "vq_nearest", vectors, quantizer.codebook, quantizer.metric

@@ -57,6 +57,8 @@ struct FreeAligned {
 };
 using Floats = std::unique_ptr<float[], FreeAligned>;
 
+constexpr int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }  // to cache lines
+
 inline Floats allocate(int64_t count) {
   const size_t bytes = size_t(count) * sizeof(float);
   return Floats(static_cast<float*>(::operator new[](bytes, std::align_val_t(64))));

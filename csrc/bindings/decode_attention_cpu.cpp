@@ -16,6 +16,7 @@ namespace {
 using namespace t2i::cpu;
 
 constexpr const char* kOp = "decode_attention";
+constexpr int64_t kMostFloats = 1 << 24;  // of results that wait for each other
 Tokens read_only(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
@@ -29,6 +30,20 @@ Scales written_scales(const std::optional<Tensor>& tensor) {
   if (!tensor) return {nullptr, 0, 0, 0};
   return {tensor->mutable_data_ptr<float>(), tensor->stride(0), tensor->stride(1),
           tensor->stride(2)};
+}
+
+void attend(const DecodeStep& step, int64_t batch) {
+  const DecodePlan plan = plan_decode(step, batch);
+  const DecodeKernels& kernels = decode_kernels();
+  const int64_t workspace = round_up(kernels.workspace(step));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), plan.num_parts());
+  const Floats partials = allocate(plan.num_parts() * partial_size(step));
+  const Floats space = allocate(threads * workspace);
+  std::atomic<int64_t> next{0};
+  run_team(threads, [&](const Member& member) {
+    run_decode(member, kernels, step, batch, plan, partials.get(), next,
+               space.get() + member.index * workspace);
+  });
 }
 
 Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Tensor v_cache,
@@ -94,54 +109,25 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
         softcap);
   step.softcap = float(softcap);
   step.scale = float(scale);
-  if (batch == 0 || step.tokens == 0) return out;
+  if (batch == 0 || step.tokens == 0 || kv_heads == 0) return out;
 
   check_slots(kOp, step, batch, slots, cos ? &positions : nullptr);
 
-  const DecodePlan plan = plan_decode(step, batch);
-  const std::vector<DecodeTask>& parts = plan.parts;
-  const int64_t heads = batch * kv_heads, num_groups = plan.num_groups();
-  const DecodeKernels& kernels = decode_kernels();
-  const int64_t workspace = kernels.workspace(step), size = partial_size(step);
-  if (plan.num_parts() == heads) {
-    run_tasks(heads, workspace + size, [&](int64_t i, float* space) {
-      const DecodePartial partial = partial_in(step, space + workspace);
-      kernels.append(step, parts[i].row, parts[i].head, space);
-      kernels.attend(step, parts[i], partial, space);
-      kernels.finish(step, parts[i], &partial, 1);
-    });
-    return out;
-  }
-  // Every token is in the cache before one attends to it.
-  run_tasks(heads, workspace, [&](int64_t i, float* space) {
-    kernels.append(step, i / kv_heads, i % kv_heads, space);
-  });
-  if (plan.num_parts() == num_groups) {
-    run_tasks(num_groups, workspace + size, [&](int64_t i, float* space) {
-      const DecodePartial partial = partial_in(step, space + workspace);
-      kernels.attend(step, parts[i], partial, space);
-      kernels.finish(step, parts[i], &partial, 1);
-    });
-    return out;
-  }
-  // Some groups at a time, so that what waits for its other parts stays small.
-  constexpr int64_t kMostFloats = 1 << 24;
-  const int64_t most = std::max<int64_t>(1, kMostFloats / size);
-  for (int64_t first = 0; first < num_groups;) {
-    int64_t last = first + 1;
-    while (last < num_groups && plan.groups[last + 1] - plan.groups[first] <= most) ++last;
-    const int64_t begin = plan.groups[first], count = plan.groups[last] - begin;
-    const Floats memory = allocate(count * size);
-    std::vector<DecodePartial> partials;
-    for (int64_t i = 0; i < count; ++i) partials.push_back(partial_in(step, memory.get() + i * size));
-    run_tasks(count, workspace, [&](int64_t i, float* space) {
-      kernels.attend(step, parts[begin + i], partials[i], space);
-    });
-    run_tasks(last - first, 1, [&](int64_t i, float*) {
-      const int64_t at = plan.groups[first + i];
-      kernels.finish(step, parts[at], &partials[at - begin], plan.groups[first + i + 1] - at);
-    });
-    first = last;
+  // Some tokens at a time, so that what waits for its other parts stays small.
+  std::vector<int32_t> used(step.seqlens, step.seqlens + batch);
+  const int64_t slots_after = *std::max_element(used.begin(), used.end()) + step.tokens;
+  const int64_t block = decode_tokens(step), size = partial_size(step);
+  const int64_t blocks = kMostFloats / (batch * kv_heads * (slots_after / kDecodePart + 2) * size);
+  const int64_t most = block * std::max<int64_t>(blocks, 1), tokens = step.tokens;
+  for (int64_t first = 0; first < tokens; first += most) {
+    step.tokens = std::min(most, tokens - first);
+    step.seqlens = used.data();
+    attend(step, batch);
+    const int64_t bytes = step.type == FloatType::f32 ? 4 : 2;
+    for (Tokens* x : {&step.q, &step.k_new, &step.v_new, &step.out}) {
+      x->data = static_cast<char*>(x->data) + step.tokens * x->token_stride * bytes;
+    }
+    for (int32_t& length : used) length += int32_t(step.tokens);
   }
   return out;
 }

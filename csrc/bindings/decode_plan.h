@@ -1,11 +1,13 @@
-// How the attention of a decoding step is cut into tasks: by rows, key heads, blocks of tokens, and
-// parts of their slots, at places that depend on a row alone.
+// How the attention of a decoding step is cut into tasks, by rows, key heads, blocks of tokens, and
+// parts of their slots, at places that depend on a row alone; and how a team of threads runs them.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "bindings/common.h"
+#include "bindings/team.h"
 #include "cpu/decode_attention.h"
 
 namespace t2i {
@@ -94,6 +96,44 @@ inline int64_t partial_size(const cpu::DecodeStep& step) {
 inline cpu::DecodePartial partial_in(const cpu::DecodeStep& step, float* memory) {
   const int64_t rows = step.groups * cpu::decode_tokens(step), width = (step.dim + 15) / 16 * 16;
   return {memory, memory + rows * width, memory + rows * (width + 1)};
+}
+
+// One member's part in all tasks. partials: partial_size floats for each part of the plan; next:
+// 0, and the same for all members; workspace: this member's.
+inline void run_decode(const Member& member, const cpu::DecodeKernels& kernels,
+                       const cpu::DecodeStep& step, int64_t batch, const DecodePlan& plan,
+                       float* partials, std::atomic<int64_t>& next, float* workspace) {
+  // A single token goes into the last part of its row, which appends it before it attends. Several
+  // are all appended first.
+  const bool single = step.tokens == 1;
+  if (!single) {
+    const auto [begin, end] = member.share(batch * step.kv_heads);
+    for (int64_t i = begin; i < end; ++i) {
+      kernels.append(step, i / step.kv_heads, i % step.kv_heads, workspace);
+    }
+    member.wait();
+  }
+  const int64_t size = partial_size(step), parts = plan.num_parts();
+  const bool whole = parts == plan.num_groups();
+  for (int64_t i = next++; i < parts; i = next++) {
+    const cpu::DecodeTask& task = plan.parts[i];
+    if (single && task.slot_end == step.seqlens[task.row] + 1) {
+      kernels.append(step, task.row, task.head, workspace);
+    }
+    const cpu::DecodePartial partial = partial_in(step, partials + i * size);
+    kernels.attend(step, task, partial, workspace);
+    if (whole) kernels.finish(step, task, &partial, 1);
+  }
+  if (whole) return;
+  member.wait();
+  const auto [begin, end] = member.share(plan.num_groups());
+  std::vector<cpu::DecodePartial> of_group;
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = plan.groups[group], last = plan.groups[group + 1];
+    of_group.clear();
+    for (int64_t i = first; i < last; ++i) of_group.push_back(partial_in(step, partials + i * size));
+    kernels.finish(step, plan.parts[first], of_group.data(), last - first);
+  }
 }
 
 }  // namespace t2i

@@ -9,7 +9,6 @@
 
 #include "bindings/decode_plan.h"
 #include "bindings/linear.h"
-#include "bindings/team.h"
 #include "cpu/norm.h"
 
 namespace t2i {
@@ -157,8 +156,6 @@ class Step {
   }
 
  private:
-  static int64_t round_up(int64_t floats) { return (floats + 15) / 16 * 16; }
-
   float* space(const Member& member) { return threads_space_ + member.index * thread_size_; }
 
   // Rows as a product takes them: normalised where there is a norm, quantised where weights are. Few
@@ -212,7 +209,7 @@ class Step {
       for (int64_t row = begin; row < end; ++row) normalise_heads(layer, qkv_ + row * width);
       member.wait();
     }
-    run_attention(member, index);
+    attend_to_cache(member, index);
     member.wait();
     const int64_t q_width = decoder_.q_width();
     const auto attended = [&](int64_t row) { return attended_ + row * q_width; };
@@ -234,7 +231,7 @@ class Step {
     }
   }
 
-  void run_attention(const Member& member, int64_t index) {
+  void attend_to_cache(const Member& member, int64_t index) {
     DecodeStep step = attention_;
     const int64_t bytes = step.cache_type == CacheType::f32 ? 4
                           : step.cache_type == CacheType::int8 ? 1 : 2;
@@ -244,41 +241,7 @@ class Step {
     for (Scales* scales : {&step.k_scale, &step.v_scale}) {
       if (scales->data) scales->data += index * scale_stride_;
     }
-    float* mine = space(member);
-    // A single token goes into the last part of its row, which appends it before it attends. Several
-    // are all appended first.
-    const bool single = step.tokens == 1;
-    if (!single) {
-      const auto [begin, end] = member.share(batch_ * step.kv_heads);
-      for (int64_t i = begin; i < end; ++i) {
-        decode_.append(step, i / step.kv_heads, i % step.kv_heads, mine);
-      }
-      member.wait();
-    }
-    const int64_t size = partial_size(step), parts = plan_.num_parts();
-    const bool whole = parts == plan_.num_groups();
-    std::atomic<int64_t>& next = next_task_[index];
-    for (int64_t i = next++; i < parts; i = next++) {
-      const DecodeTask& task = plan_.parts[i];
-      if (single && task.slot_end == step.seqlens[task.row] + 1) {
-        decode_.append(step, task.row, task.head, mine);
-      }
-      const DecodePartial partial = partial_in(step, partials_ + i * size);
-      decode_.attend(step, task, partial, mine);
-      if (whole) decode_.finish(step, task, &partial, 1);
-    }
-    if (whole) return;
-    member.wait();
-    const auto [begin, end] = member.share(plan_.num_groups());
-    std::vector<DecodePartial> partials;
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t first = plan_.groups[group], last = plan_.groups[group + 1];
-      partials.clear();
-      for (int64_t i = first; i < last; ++i) {
-        partials.push_back(partial_in(step, partials_ + i * size));
-      }
-      decode_.finish(step, plan_.parts[first], partials.data(), last - first);
-    }
+    run_decode(member, decode_, step, batch_, plan_, partials_, next_task_[index], space(member));
   }
 
   void feed_forward(const Member& member, const Layer& layer) {

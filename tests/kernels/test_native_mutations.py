@@ -37,7 +37,7 @@ FILES = {  # what is compiled, and what that includes
     "decode_attention": ["csrc/cpu/decode_attention.cpp"],
     "linear": ["csrc/cpu/linear.cpp"],
     "norm": ["csrc/cpu/norm.cpp"],
-    "decode_step": ["csrc/bindings/decode_step_cpu.cpp"],  # for all instruction sets
+    "decode_step": ["csrc/bindings/decode_step_cpu.cpp", "csrc/bindings/decode_plan.h"],
     "draw": ["csrc/cpu/draw.cpp"],
 }
 
@@ -177,7 +177,7 @@ STEP = {
     "append skipped": ("task.slot_end == step.seqlens[task.row] + 1", "false", "types"),
     "one cache for all layers": ("+ index * layer_stride_ * bytes", "", "types"),
     "one layer's scales": ("scales->data += index * scale_stride_", "scales->data += 0", "caches"),
-    "first part alone": ("partials.data(), last - first)", "partials.data(), 1)", "caches"),
+    "first part alone": ("of_group.data(), last - first)", "of_group.data(), 1)", "caches"),
     "another token scored": ("(row / last + 1) * skipped", "skipped", "types"),
     "k normalised as q": ("which ? layer.k_norm : layer.q_norm", "layer.q_norm", "kinds"),
     "not added to the residual": (
@@ -251,6 +251,7 @@ def test_mutation_is_caught(build, tmp_path, op, text, replacement, tests, capab
         assert source.count(text) == 1, "the mutation no longer fits the source"
         file.write_text(source.replace(text, replacement))
     toolchain.root = tmp_path
+    # Bindings are compiled once for all instruction sets.
     unit = source_file, capability if "csrc/cpu" in source_file else None
     mutant = toolchain.compile(*unit, tmp_path)
 

@@ -16,6 +16,7 @@ from t2i.pipeline import T2I
 from t2i.train.config import LMTraining, load_config
 from t2i.train.export import export
 from t2i.train.lm import train_lm
+from t2i_kernels import native
 
 torch.set_num_threads(1)
 
@@ -64,6 +65,10 @@ def test_from_pictures_to_a_picture(t2i, pictures, tmp_path, monkeypatch):
     options = ("--model", "model", "--device", "cpu", "--threads", 1, "--top-k", 5, "--seed", 3)
     output = works("sample", "red square 1, full style", "blue", "-n", 3, *options, "-o", "a.png")
     assert "6 pictures" in output and "tokens/s" in output
+    if native.reason() is None:
+        assert "decode_step, fp32 weights, cpu attention" in output and "% of " in output
+        more = ("--speculate", 2, "--weights", "bf16", "-o", "b.png")
+        assert "decode_step, bf16 weights" in works("sample", "blue", *options, *more)
     assert Image.open(tmp_path / "a.png").width > 3 * 2 * 16
     # -o without .png is a folder.
     works("sample", "red square 1, full style", "-n", 2, *options, "--scale", 1, "-o", "some")
