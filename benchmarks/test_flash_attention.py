@@ -73,7 +73,9 @@ def contenders(q, k, v, dout, causal: bool, backward: bool) -> list[Contender]:
     def make_flex():
         if backward:
             raise NotImplementedError("flex_attention has no backward on a CPU")
-        return ready(flex(*(x.detach() for x in (q, k, v)), causal))
+        inputs = [x.detach() for x in (q, k, v)]
+        run = flex(*inputs, causal)
+        return lambda: outputs_of(run, *inputs, dout, causal, backward)
 
     return [
         Contender("t2i", lambda: ready(flash_attention), ours=True),

@@ -174,9 +174,7 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
     scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
     weights: Weights = None,
-    speculate: Annotated[
-        int, typer.Option(help="Guess so many tokens ahead in every pass; the picture is the same.")
-    ] = 0,
+    speculate: Annotated[int, typer.Option(help="Guess so many tokens ahead in every pass.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Of the operators, by name.")] = None,
     model: Model = None,
     device: Device = "auto",
@@ -305,11 +303,12 @@ def describe(pipeline: T2I) -> str:
         f"{numbers.seconds_per_image:.3f} s an image ({numbers.path}, {numbers.backend} attention"
     )
     if pipeline.device.type == "cpu" and native.reason() is None and numbers.passes:
-        # What as many bytes as a step reads could be read in, again and again.
-        size = numbers.bytes_read // numbers.passes
+        # How fast as many bytes as a pass reads can be read again and again, up to 1 GiB of them.
+        size = min(numbers.bytes_read // numbers.passes, 1 << 30)
         limit = native.read_bandwidth(torch.get_num_threads(), size)
-        share = numbers.bytes_read / numbers.decode_seconds / limit
-        text += f", {share:.0%} of {limit / 1e9:.0f} GB/s in {numbers.passes} passes"
+        if limit:
+            share = numbers.bytes_read / numbers.decode_seconds / limit
+            text += f", {share:.0%} of {limit / 1e9:.0f} GB/s in {numbers.passes} passes"
     return f"{text})"
 
 

@@ -105,7 +105,8 @@ def sample_codes(
         weights: type of the weights while drawing, on the CPU: "fp32", "bf16", "int8" or "int4"
             (``t2i_kernels.linear.PackedWeight``); by default the model's own.
         speculate: read guesses of so many tokens behind the last one in every pass, and keep those
-            that turn out right. The image is the same; fewer passes draw it, each of more rows.
+            that turn out right: fewer passes, each of more rows. With ``decode_step`` the image is
+            the same to the bit.
         backend: of all operators, by name; by default the fastest that runs here.
         progress: called with (tokens done, tokens in all) of an image after each of them.
 
@@ -227,6 +228,7 @@ def _speculate(
     drawn behind right tokens is what one token at a time would draw, whatever was guessed, as long
     as a row's logits do not depend on how many are computed with it."""
     images, num_tokens = codes.shape
+    ahead = min(ahead, num_tokens)
     passes = bytes_read = 0
     known = torch.ones_like(sampler.seeds)  # codes of each image that are right
     guesses = codes[:, :1].repeat(1, num_tokens + ahead)  # of all codes, right ones in front
@@ -392,7 +394,7 @@ def _sampler(
     signed = [((seed + (1 << 63)) % (1 << 64)) - (1 << 63) for seed in map(int, seeds)]
     return Sampler(
         seeds=torch.tensor(signed, dtype=torch.int64, device=device),
-        scales=torch.tensor(scales, device=device) if guided_tokens else None,
+        scales=torch.tensor(scales, dtype=torch.float32, device=device) if guided_tokens else None,
         guided_tokens=guided_tokens,
         temperature=float(temperature),
         top_k=int(top_k),

@@ -37,11 +37,12 @@ void attend(const DecodeStep& step, int64_t batch) {
   const DecodeKernels& kernels = decode_kernels();
   const int64_t workspace = round_up(kernels.workspace(step));
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), plan.num_parts());
-  const Floats partials = allocate(plan.num_parts() * partial_size(step));
+  const Floats memory = allocate(plan.num_parts() * partial_size(step));
+  const std::vector<DecodePartial> partials = partials_in(step, plan, memory.get());
   const Floats space = allocate(threads * workspace);
   std::atomic<int64_t> next{0};
   run_team(threads, [&](const Member& member) {
-    run_decode(member, kernels, step, batch, plan, partials.get(), next,
+    run_decode(member, kernels, step, batch, plan, partials, next,
                space.get() + member.index * workspace);
   });
 }
@@ -113,7 +114,8 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
 
   check_slots(kOp, step, batch, slots, cos ? &positions : nullptr);
 
-  // Some tokens at a time, so that what waits for its other parts stays small.
+  // Some tokens at a time, one block of all rows at least, so that what waits for its other parts
+  // stays small.
   std::vector<int32_t> used(step.seqlens, step.seqlens + batch);
   const int64_t slots_after = *std::max_element(used.begin(), used.end()) + step.tokens;
   const int64_t block = decode_tokens(step), size = partial_size(step);

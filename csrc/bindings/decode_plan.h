@@ -87,22 +87,28 @@ inline DecodePlan plan_decode(const cpu::DecodeStep& step, int64_t batch) {
   return plan;
 }
 
-// Floats of one part's result, and where they are in them.
+// Floats of one part's result.
 inline int64_t partial_size(const cpu::DecodeStep& step) {
-  const int64_t rows = step.groups * cpu::decode_tokens(step), width = (step.dim + 15) / 16 * 16;
-  return rows * (width + 2);
+  return step.groups * cpu::decode_tokens(step) * (round_up(step.dim) + 2);
 }
 
-inline cpu::DecodePartial partial_in(const cpu::DecodeStep& step, float* memory) {
-  const int64_t rows = step.groups * cpu::decode_tokens(step), width = (step.dim + 15) / 16 * 16;
-  return {memory, memory + rows * width, memory + rows * (width + 1)};
+// What the parts of a plan give, in partial_size floats each.
+inline std::vector<cpu::DecodePartial> partials_in(const cpu::DecodeStep& step,
+                                                   const DecodePlan& plan, float* memory) {
+  std::vector<cpu::DecodePartial> partials;
+  const int64_t rows = step.groups * cpu::decode_tokens(step), width = round_up(step.dim);
+  for (int64_t i = 0; i < plan.num_parts(); ++i, memory += partial_size(step)) {
+    partials.push_back({memory, memory + rows * width, memory + rows * (width + 1)});
+  }
+  return partials;
 }
 
-// One member's part in all tasks. partials: partial_size floats for each part of the plan; next:
-// 0, and the same for all members; workspace: this member's.
+// One member's part in all tasks; it does not throw. next: 0, and the same for all members;
+// workspace: this member's.
 inline void run_decode(const Member& member, const cpu::DecodeKernels& kernels,
                        const cpu::DecodeStep& step, int64_t batch, const DecodePlan& plan,
-                       float* partials, std::atomic<int64_t>& next, float* workspace) {
+                       const std::vector<cpu::DecodePartial>& partials,
+                       std::atomic<int64_t>& next, float* workspace) {
   // A single token goes into the last part of its row, which appends it before it attends. Several
   // are all appended first.
   const bool single = step.tokens == 1;
@@ -113,26 +119,22 @@ inline void run_decode(const Member& member, const cpu::DecodeKernels& kernels,
     }
     member.wait();
   }
-  const int64_t size = partial_size(step), parts = plan.num_parts();
+  const int64_t parts = plan.num_parts();
   const bool whole = parts == plan.num_groups();
   for (int64_t i = next++; i < parts; i = next++) {
     const cpu::DecodeTask& task = plan.parts[i];
     if (single && task.slot_end == step.seqlens[task.row] + 1) {
       kernels.append(step, task.row, task.head, workspace);
     }
-    const cpu::DecodePartial partial = partial_in(step, partials + i * size);
-    kernels.attend(step, task, partial, workspace);
-    if (whole) kernels.finish(step, task, &partial, 1);
+    kernels.attend(step, task, partials[i], workspace);
+    if (whole) kernels.finish(step, task, &partials[i], 1);
   }
   if (whole) return;
   member.wait();
   const auto [begin, end] = member.share(plan.num_groups());
-  std::vector<cpu::DecodePartial> of_group;
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = plan.groups[group], last = plan.groups[group + 1];
-    of_group.clear();
-    for (int64_t i = first; i < last; ++i) of_group.push_back(partial_in(step, partials + i * size));
-    kernels.finish(step, plan.parts[first], of_group.data(), last - first);
+    kernels.finish(step, plan.parts[first], &partials[first], last - first);
   }
 }
 

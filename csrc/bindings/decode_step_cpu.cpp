@@ -54,14 +54,15 @@ struct Reader {
   PackedMatrix matrix(int64_t outputs, int64_t inputs) {
     const PackedMatrix matrix{type, outputs, inputs, weights};
     const int64_t bytes = matrix.panels() * matrix.panel_bytes();
-    check(kOp, bytes <= weights_end - weights, "weights are too few for the shape");
+    check(kOp, bytes <= weights_end - weights, "weights end before a matrix [", outputs, ", ", inputs,
+          "]: ", bytes, " bytes are needed, ", weights_end - weights, " are left");
     weights += bytes;
     return matrix;
   }
 
   Norm norm(int64_t channels) {
     const int64_t count = centered ? 2 * channels : channels;
-    check(kOp, count <= vectors_end - vectors, "vectors are too few for the shape");
+    check(kOp, count <= vectors_end - vectors, "vectors end before a norm of ", channels, " channels");
     const Norm norm{vectors, centered ? vectors + channels : nullptr, eps, centered};
     vectors += count;
     return norm;
@@ -90,7 +91,9 @@ Decoder read_decoder(Reader reader, int64_t layers, int64_t outputs, Decoder dec
   decoder.norm = reader.norm(dim);
   decoder.head = reader.matrix(outputs, dim);
   check(kOp, reader.weights == reader.weights_end && reader.vectors == reader.vectors_end,
-        "weights or vectors are too many for the shape");
+        "weights or vectors go on behind the last of the shape: ",
+        reader.weights_end - reader.weights, " bytes and ", reader.vectors_end - reader.vectors,
+        " numbers");
   return decoder;
 }
 
@@ -106,7 +109,7 @@ class Step {
     plan_ = plan_decode(attention_, batch);
     widest_ = std::max({decoder.dim, decoder.q_width(), decoder.ffn_width()});
     quantized_ = decoder.head.quantized();
-    // Of a thread: sums, or attention's workspace and one result; and a few prepared rows.
+    // Of a thread: sums, or attention's workspace; and a few prepared rows.
     prepared_size_ = std::min(rows_, kFewRows) * widest_;
     quantized_size_ = quantized_ ? quantized_size(std::min(rows_, kFewRows), widest_) : 0;
     attention_size_ = decode_.workspace(attention_);
@@ -125,12 +128,14 @@ class Step {
     for (int64_t size : sizes) total += round_up(size);
     memory_ = allocate(total);
     float* next = memory_.get();
-    float** places[] = {&residual_, &qkv_, &attended_, &ffn_, &partials_, &shared_,
+    float* partials;
+    float** places[] = {&residual_, &qkv_, &attended_, &ffn_, &partials, &shared_,
                         &shared_quantized_, &threads_space_};
     for (int i = 0; i < 8; ++i) {
       *places[i] = next;
       next += round_up(sizes[i]);
     }
+    partials_ = partials_in(attention_, plan_, partials);
     const int64_t width = decoder.qkv_width(), tokens = attention_.tokens, dim = decoder.head_dim;
     const auto in_qkv = [&](int64_t head) {
       return Tokens{qkv_ + head * dim, tokens * width, width, dim};
@@ -241,7 +246,8 @@ class Step {
     for (Scales* scales : {&step.k_scale, &step.v_scale}) {
       if (scales->data) scales->data += index * scale_stride_;
     }
-    run_decode(member, decode_, step, batch_, plan_, partials_, next_task_[index], space(member));
+    run_decode(member, decode_, step, batch_, plan_, partials_, next_task_[index],
+               space(member));
   }
 
   void feed_forward(const Member& member, const Layer& layer) {
@@ -275,8 +281,8 @@ class Step {
   bool quantized_;
   int64_t widest_, prepared_size_, quantized_size_, attention_size_, thread_size_;
   Floats memory_;
-  float *residual_, *qkv_, *attended_, *ffn_, *partials_, *shared_, *shared_quantized_,
-      *threads_space_;
+  float *residual_, *qkv_, *attended_, *ffn_, *shared_, *shared_quantized_, *threads_space_;
+  std::vector<DecodePartial> partials_;
   std::vector<std::atomic<int64_t>> next_task_;
 };
 
@@ -296,14 +302,40 @@ Tensor decode_step(Tensor x, Tensor weights, Tensor vectors, std::string type, i
                    bool positions_from_start, int64_t last) {
   check(kOp, x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float,
         "x must be float32 [batch, tokens, dim] on the CPU");
+  const int64_t batch = x.size(0), tokens = x.size(1);
   for (const Tensor* cache : {&k_cache, &v_cache}) {
     check(kOp, cache->is_cpu() && cache->dim() == 5 && cache->stride(4) == 1,
           "cache must be [layers, batch, slots, heads, head_dim] on the CPU, its rows contiguous");
+    check(kOp, cache->size(1) == batch && shape(*cache) == shape(k_cache) &&
+              cache->scalar_type() == k_cache.scalar_type() &&
+              cache->stride(0) == k_cache.stride(0),
+          "cache must be k and v alike, of ", batch, " rows, got ", shape(k_cache), " and ",
+          shape(v_cache));
+  }
+  const bool int8 = k_cache.scalar_type() == ScalarType::Char;
+  for (const std::optional<Tensor>* scale : {&k_scale, &v_scale}) {
+    check(kOp, scale->has_value() == int8, "an int8 cache has scales, another has none");
+    if (!int8) continue;
+    const Tensor& s = **scale;
+    bool fits = s.is_cpu() && s.dim() == 4 && s.stride(0) == (*k_scale).stride(0);
+    for (int64_t i = 0; fits && i < 4; ++i) fits = s.size(i) == k_cache.size(i);
+    check(kOp, fits, "scales of a cache ", shape(k_cache), " must be alike and have its first four "
+          "dimensions, got ", shape(s));
+  }
+  check(kOp, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
+        batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
+  check(kOp, rotary_cos.has_value() == rotary_sin.has_value(),
+        "rotary_cos and rotary_sin: give both or none");
+  if (rotary_cos) {
+    check(kOp, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
+              2 * rotary_cos->size(1) <= k_cache.size(4),
+          "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", k_cache.size(4),
+          ", got ", shape(*rotary_cos), " and ", shape(*rotary_sin));
   }
   check(kOp, weights.is_cpu() && weights.is_contiguous() && vectors.is_cpu() &&
             vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Float,
         "weights and vectors must be contiguous on the CPU");
-  const int64_t batch = x.size(0), tokens = x.size(1), slots = k_cache.size(2);
+  const int64_t slots = k_cache.size(2);
   const int64_t kv_heads = k_cache.size(3);
   check(kOp, last >= 1 && last <= tokens, "last must be 1 to ", tokens, ", got ", last);
   check(kOp, kv_heads > 0 && heads % kv_heads == 0, "heads, ", heads, ", is no multiple of the "

@@ -21,6 +21,10 @@ Tensor draw(Tensor logits, Tensor seeds, Tensor positions, std::optional<Tensor>
   const int64_t images = seeds.numel(), tokens = logits.size(1), codes = logits.size(2);
   check(kOp, logits.size(0) == images * (guidance ? 2 : 1), "logits have ", logits.size(0),
         " rows for ", images, " seeds", guidance ? " with guidance" : "");
+  check(kOp, positions.numel() == images, "positions have ", positions.numel(), " numbers for ",
+        images, " seeds");
+  check(kOp, !guidance || guidance->numel() == images * tokens, "guidance must have ",
+        images * tokens, " scales");
   const Tensor seed = torch::stable::contiguous(seeds);
   const Tensor position = torch::stable::contiguous(positions);
   std::optional<Tensor> scale;
@@ -41,7 +45,7 @@ Tensor draw(Tensor logits, Tensor seeds, Tensor positions, std::optional<Tensor>
     d.position = position.const_data_ptr<int64_t>()[image] + i % tokens;
     d.temperature = float(temperature);
     d.top_k = top_k;
-    d.top_p = float(top_p);
+    d.top_p = top_p;
     drawn[i] = draw_one(d, space);
     if (drawn[i] < 0) undefined = true;
   });

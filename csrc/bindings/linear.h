@@ -17,21 +17,24 @@ inline cpu::WeightType weight_type(const char* op, const std::string& name) {
   return WeightType::int4;
 }
 
+inline int64_t blocks_of(int64_t inputs) {
+  return (inputs + cpu::kBlockInputs - 1) / cpu::kBlockInputs;
+}
+
 // Floats that the quantised rows take.
 inline int64_t quantized_size(int64_t rows, int64_t inputs) {
-  const int64_t blocks = (inputs + cpu::kBlockInputs - 1) / cpu::kBlockInputs;
-  return rows * blocks * (cpu::kBlockInputs / 4 + 4);
+  return rows * blocks_of(inputs) * (cpu::kBlockInputs / 4 + 4);
 }
 
 inline cpu::Quantized quantized_in(float* memory, int64_t rows, int64_t inputs) {
-  const int64_t blocks = (inputs + cpu::kBlockInputs - 1) / cpu::kBlockInputs;
+  const int64_t blocks = blocks_of(inputs);
   float* scales = memory + rows * blocks * (cpu::kBlockInputs / 4);
   return {reinterpret_cast<int8_t*>(memory), scales,
           reinterpret_cast<int32_t*>(scales + rows * blocks * 2)};
 }
 
 inline cpu::Quantized quantized_row(const cpu::Quantized& x, int64_t row, int64_t inputs) {
-  const int64_t blocks = (inputs + cpu::kBlockInputs - 1) / cpu::kBlockInputs;
+  const int64_t blocks = blocks_of(inputs);
   return {x.values + row * blocks * cpu::kBlockInputs, x.scales + row * blocks * 2,
           x.sums + row * blocks * 2};
 }

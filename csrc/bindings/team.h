@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <thread>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,7 +55,8 @@ struct Member {
 };
 
 // Runs work(member) on `threads` threads at most, all at once; it must not throw. torch may give fewer
-// threads, each a longer range of what it divides among them: all are there when all is covered.
+// threads, each a longer range of what it divides among them: all are there when all is covered. That
+// ranges run at once is true of torch with OpenMP, as it is published.
 template <typename Work>
 void run_team(int64_t threads, const Work& work) {
   Barrier barrier;

@@ -58,7 +58,7 @@ double t2i_read_bandwidth(int threads, int64_t size) {
   // Rounds of 20 ms at least, so that starting threads does not count.
   double best = 0;
   int64_t repeats = 1;
-  for (int round = 0; round < 12; ++round) {
+  for (int round = 0; round < 6; ++round) {
     const double seconds = timed(threads, [&](int t) {
       for (int64_t i = 0; i < repeats; ++i) {
         read(reinterpret_cast<const Vec*>(bytes + t * part), part / 16);

@@ -89,7 +89,7 @@ float kth_score(const float* scores, int64_t codes, int64_t k, float* scratch) {
 
 // The lowest of the most likely scores, those >= least, whose probabilities reach p. scratch: codes.
 // Scores are divided into steps below the largest; one step alone has to be sorted.
-float nucleus_score(const float* scores, int64_t codes, float top, float least, float p,
+float nucleus_score(const float* scores, int64_t codes, float top, float least, double p,
                     float* scratch) {
   constexpr int kSteps = 256;
   constexpr float kPerStep = 1.f / 16;  // nats
@@ -179,8 +179,9 @@ int64_t draw(const Draw& d, float* workspace) {
   const float* base = d.guidance == 1 ? nullptr : d.unconditional;
   for (int64_t i = 0; i < d.codes; ++i) {
     const float x = d.logits[i];
-    scores[i] = (base ? base[i] + d.guidance * (x - base[i]) : x) / divisor;
-    finite = finite && scores[i] < kInf;
+    const float score = base ? base[i] + d.guidance * (x - base[i]) : x;
+    finite = finite && score < kInf;
+    scores[i] = score / divisor;
   }
   for (int64_t i = 0; i < d.codes; ++i) {
     if (scores[i] > top) {

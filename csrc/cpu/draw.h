@@ -18,7 +18,7 @@ struct Draw {
   int64_t seed, position;
   float temperature;  // 0: the most likely code
   int64_t top_k;      // 0: all
-  float top_p;        // 1: all
+  double top_p;       // 1: all
 };
 
 inline int64_t draw_workspace(int64_t codes) { return 2 * (codes + 64); }  // floats

@@ -2,9 +2,6 @@
 // namespace CPU_CAPABILITY.
 #include "cpu/linear.h"
 
-#include <cmath>
-#include <utility>
-
 #include "cpu/vec.h"
 
 namespace t2i::cpu::CPU_CAPABILITY {
@@ -363,10 +360,9 @@ void add_last_rows(const PackedMatrix& w, const uint8_t* const (&panels)[R],
   }
 }
 
-inline Vec silu(const Vec& x) { return x / (Vec(1.f) + exp2(x * Vec(-kLog2e))); }
-
-inline void store_outputs(const Vec& x, int64_t count, float* out) {
-  count >= kLanes ? x.store(out) : x.store(out, int(count));
+inline Vec silu(const Vec& x) {
+  const Vec power = at::vec::clamp_max(x * Vec(-kLog2e), Vec(126.f));  // the domain of exp2; keeps NaN
+  return x / (Vec(1.f) + exp2(power));
 }
 
 // From the sums [rows, R, 16] of panels to outputs, those of the first row at `to`.

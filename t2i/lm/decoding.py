@@ -115,19 +115,21 @@ def _slot_bytes(keys: Tensor) -> int:
 
 # ---- Packing -------------------------------------------------------------------------------------
 
-_packed: WeakKeyDictionary[TransformerLM, dict[str, tuple[tuple, PackedDecoder]]] = (
-    WeakKeyDictionary()
-)
+_packed: WeakKeyDictionary[TransformerLM, tuple[tuple, PackedDecoder]] = WeakKeyDictionary()
 
 
 def packed(lm: TransformerLM, weight_type: str) -> PackedDecoder:
-    """The weights of ``lm`` packed, to score image tokens; kept as long as the model is, and made
-    again when its weights have changed."""
-    state = tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in lm.parameters())
-    kept = _packed.setdefault(lm, {})
-    if weight_type not in kept or kept[weight_type][0] != state:
-        kept[weight_type] = state, pack(lm, weight_type)
-    return kept[weight_type][1]
+    """The weights of ``lm`` packed, to score image tokens. The last ones are kept as long as the
+    model is, and made again when its weights have changed, as far as torch counts that: not what is
+    written through ``.data``, or to inference tensors."""
+    state = (
+        weight_type,
+        *((p.data_ptr(), None if p.is_inference() else p._version) for p in lm.parameters()),
+    )
+    if lm not in _packed or _packed[lm][0] != state:
+        _packed.pop(lm, None)  # not both at once
+        _packed[lm] = state, pack(lm, weight_type)
+    return _packed[lm][1]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from t2i_kernels.linear import WEIGHT_TYPES
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 
-DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, OUTPUTS = 48, 6, 2, 16, 40, 3, 50
+DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, OUTPUTS = 44, 6, 2, 12, 40, 3, 50
 
 
 @pytest.fixture(params=native.cpu_capabilities())
@@ -28,7 +28,7 @@ def norm(channels: int, bias: bool = False) -> NormWeights:
 
 
 def decoder(weight_type="fp32", *, norm_name="rmsnorm", qk_norm="none", rotary="half",
-            ffn=FFN, **options) -> PackedDecoder:  # fmt: skip
+            ffn=FFN, gate=1.0, **options) -> PackedDecoder:  # fmt: skip
     bias = norm_name == "layernorm"
     full = qk_norm == "full"
 
@@ -49,7 +49,7 @@ def decoder(weight_type="fp32", *, norm_name="rmsnorm", qk_norm="none", rotary="
                 qkv=matrix((HEADS + 2 * KV_HEADS) * HEAD_DIM, DIM),
                 out=matrix(DIM, HEADS * HEAD_DIM),
                 ffn_norm=norm(DIM, bias),
-                gate_up=matrix(2 * ffn, DIM),
+                gate_up=gate * matrix(2 * ffn, DIM),
                 down=matrix(DIM, ffn),
                 **qk,
             )
@@ -116,6 +116,14 @@ def test_caches(capability, dtype):
 
 def test_positions_of_slots(capability):
     agree(decoder(positions_from_start=False), tokens(2, 4, 1, 3), start=[0, 3])
+
+
+def test_gates_of_any_size(capability):
+    """Sigmoids that are 0 or 1, far beyond where an exponential of a gate overflows."""
+    model = decoder(gate=1000.0)
+    (logits,), _ = run(model, tokens(2, 4), "cpu")
+    assert logits.isfinite().all()
+    agree(model, tokens(2, 4), tolerance=2e-4)
 
 
 def test_long_prompts_and_caches(capability):
@@ -197,6 +205,37 @@ def test_a_long_prompt_that_does_not_fit_writes_nothing():
     assert cache.k.isnan().all() and cache.seqlens.tolist() == [0, 0]
 
 
+def test_the_operator_itself_reads_nothing_out_of_bounds():
+    """Where it is called past the checks of decode_step."""
+    from t2i_kernels.decode_step import api
+
+    model = decoder()
+    cache = model.allocate_cache(2, 8)
+    x = torch.randn(2, 1, DIM)
+    names = ["k_cache", "v_cache", "k_scale", "v_scale", "seqlens", "start", "cos", "sin"]
+    for name, wrong in [
+        ("k_cache", cache.k[:, :1]),
+        ("v_cache", cache.v[:, :, :4]),
+        ("v_cache", model.allocate_cache(2, 9).v[:, :, :8]),
+        ("k_cache", cache.k.char()),
+        ("k_scale", cache.k[..., 0].contiguous()),
+        ("seqlens", cache.seqlens[:1]),
+        ("start", cache.start[:1]),
+        ("cos", torch.ones(400, 20)),
+        ("sin", torch.ones(3, HEAD_DIM // 2)),
+        ("sin", None),
+    ]:
+        call = list(api._bind(x, model, cache))
+        call[10 + names.index(name)] = wrong
+        with pytest.raises((ValueError, RuntimeError)):
+            torch.ops.t2i.decode_step.cpu(*call)
+    for weights in (model.weights[:-64], torch.cat([model.weights, model.weights[:64]])):
+        call = list(api._bind(x, model, cache))
+        call[1] = weights
+        with pytest.raises(ValueError, match="weights"):
+            torch.ops.t2i.decode_step.cpu(*call)
+
+
 def test_errors_name_the_argument():
     model = decoder()
     cache = model.allocate_cache(2, 8)
@@ -205,10 +244,24 @@ def test_errors_name_the_argument():
         (TypeError, "decoder: expected a PackedDecoder", (x, None, cache)),
         (TypeError, "cache: expected a KVCache", (x, model, None)),
         (TypeError, "x: expected float32", (x.double(), model, cache)),
-        (ValueError, r"x: expected \[batch, tokens, 48\]", (x[..., :4], model, cache)),
+        (ValueError, r"x: expected \[batch, tokens, 44\]", (x[..., :4], model, cache)),
         (ValueError, "cache.k: expected", (x[:1], model, cache)),
     ]:
         with pytest.raises(error, match=match):
             decode_step(*call)
+    for changes, error, match in [
+        (dict(v=cache.v.bfloat16()), TypeError, "cache.v: expected float32"),
+        (dict(k=cache.k.char(), v=cache.v.char()), ValueError, "cache.k_scale: expected float32"),
+        (dict(k_scale=cache.k[..., 0]), ValueError, "cache.k_scale: expected None"),
+        (dict(seqlens=cache.seqlens[:1]), ValueError, "cache.seqlens: expected int32"),
+        (dict(start=cache.start.long()), ValueError, "cache.start: expected int32"),
+    ]:
+        with pytest.raises(error, match=match):
+            decode_step(x, model, dataclasses.replace(cache, **changes))
+    with pytest.raises(IndexError, match="position 400 is outside rotary_cos, which has 400"):
+        long = model.allocate_cache(1, 500)
+        decode_step(torch.randn(1, 401, DIM), model, long, backend="cpu")
+    with pytest.raises(ValueError, match="norm='LayerNorm': expected one of rmsnorm"):
+        decoder(norm_name="LayerNorm")
     with pytest.raises(ValueError, match="last: expected 1 to 1"):
         decode_step(x, model, cache, last=2)

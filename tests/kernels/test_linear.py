@@ -133,8 +133,13 @@ def test_packed_linear():
 
 def test_errors_name_the_argument():
     weight = PackedWeight.pack(torch.randn(4, 8), "int8")
-    with pytest.raises(ValueError, match="x: 130 inputs, 4 outputs in int8 are"):
-        linear(torch.randn(2, 130), weight)
+    for wrong in (130, 9):  # one of as many bytes
+        with pytest.raises(ValueError, match=r"x: expected \[..., 8\] for this weight, got"):
+            linear(torch.randn(2, wrong), weight)
+    for backend in ("cpu", "reference") if native.reason() is None else ("reference",):
+        op = getattr(torch.ops.t2i.linear, backend)
+        with pytest.raises((ValueError, RuntimeError)):
+            op(torch.randn(2, 130), weight.data, 4, "int8")
     with pytest.raises(TypeError, match="weight: expected a PackedWeight"):
         linear(torch.randn(2, 8), torch.randn(4, 8))
     with pytest.raises(TypeError, match="x: expected"):

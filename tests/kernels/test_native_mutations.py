@@ -138,7 +138,11 @@ ATTENTION = {
 }
 DECODE = {
     "none": ("", "", "contract or caches or others"),
-    "append skipped": ("store_row(x, step.dim, step.type, to.data, at);", "", "steps"),
+    "append skipped": (
+        "store_row(x, step.dim, float_type(step.cache_type), to.data, at);",
+        "",
+        "steps",
+    ),
     "own slot unseen": ("begin + j > own", "begin + j >= own", "steps"),
     "window off by one": ("= own - step.window;", "= own - step.window - 1;", "caches"),
     "position not from start": ("max_of(slot - start, 0)", "max_of(slot, 0)", "padding"),

@@ -261,6 +261,8 @@ def test_the_fused_step_draws_what_modules_draw(lm, options, dtype):
     """With bf16 weights, what modules draw with the same weights in fp32."""
     import copy
 
+    path = sample_codes(lm, PROMPTS[:1], grid=(1, 2), seeds=[0]).statistics.path
+    assert path == "decode_step, fp32 weights"
     rounded = copy.deepcopy(lm).to(dtype).float()
     expected = draw(rounded, backend="reference", **options)
     weights = {torch.float32: None, torch.bfloat16: "bf16"}[dtype]
@@ -351,6 +353,18 @@ def test_guesses_that_are_right_save_passes():
     guessed = sample_codes(lm, PROMPTS, seeds=[1, 2, 3], speculate=3, **options)
     assert torch.equal(plain.codes, guessed.codes)
     assert plain.statistics.passes == 11 and guessed.statistics.passes == 3
+
+
+@fused
+def test_guesses_change_no_token_of_models_with_a_prefix():
+    torch.manual_seed(0)
+    config = TINY.replace(
+        prefix="caption", prefix_dim=6, prefix_length=5, image_grid=(3, 4), rotary="interleaved",
+        text_vocab_size=0, num_kv_heads=4,
+    )  # fmt: skip
+    lm, features = TransformerLM(config), torch.randn(3, 5, 6)
+    options = dict(unconditional=None, prefix_padding=torch.tensor([0, 3, 4]))
+    assert torch.equal(draw(lm, features, speculate=3, **options), draw(lm, features, **options))
 
 
 def test_speculate_is_checked(lm):

@@ -53,7 +53,9 @@ class KVCache:
         seqlens, start = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
         scales = ()
         if dtype == torch.int8:
-            scales = tuple(torch.zeros(shape[:3], device=device) for _ in range(2))
+            scales = tuple(
+                torch.zeros(shape[:3], dtype=torch.float32, device=device) for _ in range(2)
+            )
         return cls(k, v, seqlens, start, *scales)
 
     @property

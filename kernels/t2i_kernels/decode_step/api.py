@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..checks import check_device
 from ..decode_attention import KVCache
+from ..decode_attention.cache import DTYPES
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
 from .decoder import PackedDecoder
@@ -55,7 +57,7 @@ def decode_step(
     batch, tokens = x.shape[:2]
     logits, first = [], 0
     room = max(1, ROWS // max(1, batch))
-    if tokens > room:  # in a first look, that all of them fit
+    if batch and tokens > room:  # in a first look, that all of them fit
         _check_room(decoder, cache, tokens)
     while first < tokens:
         count = min(room, tokens - first)
@@ -91,6 +93,9 @@ def _bind(x, decoder, cache, *, last=1) -> tuple:
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
     d = decoder
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    check_device("x", x, "decoder", d.weights)
     if x.dtype != torch.float32:
         raise TypeError(f"x: expected float32, got {x.dtype}")
     if x.dim() != 3 or x.shape[2] != d.dim or x.shape[1] < 1:
@@ -103,6 +108,19 @@ def _bind(x, decoder, cache, *, last=1) -> tuple:
         if tuple(buffer.shape) != shape:
             raise ValueError(
                 f"{name}: expected {shape}, of decoder.allocate_cache, got {tuple(buffer.shape)}"
+            )
+        if buffer.dtype not in DTYPES or buffer.dtype != cache.k.dtype:
+            raise TypeError(
+                f"{name}: expected float32, bfloat16, float16 or int8 as cache.k, got "
+                f"{buffer.dtype}"
+            )
+    scales = shape[:4] if cache.k.dtype == torch.int8 else None
+    for name, scale in (("cache.k_scale", cache.k_scale), ("cache.v_scale", cache.v_scale)):
+        found = None if scale is None else tuple(scale.shape)
+        if found != scales or (scale is not None and scale.dtype != torch.float32):
+            raise ValueError(
+                f"{name}: expected {scales and f'float32 {scales}'} for {cache.k.dtype}, got "
+                f"{found and f'{scale.dtype} {found}'}"
             )
     for name, lengths in (("cache.seqlens", cache.seqlens), ("cache.start", cache.start)):
         if lengths.dtype != torch.int32 or tuple(lengths.shape) != (len(x),):

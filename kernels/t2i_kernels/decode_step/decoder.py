@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -88,6 +89,10 @@ class PackedDecoder:
         """
         check_weight_type(weight_type)
         options["norm"] = options.pop("norm_name", "rmsnorm")
+        options.setdefault("qk_norm", "none")
+        for name, choices in (("norm", NORMS), ("qk_norm", QK_NORMS)):
+            if options[name] not in choices:
+                raise ValueError(f"{name}={options[name]!r}: expected one of {', '.join(choices)}")
         outputs, dim = head.shape
         first = layers[0]
         head_dim = first.out.shape[1] // heads
@@ -112,12 +117,23 @@ class PackedDecoder:
             at = end
 
         vectors = []
-        centered = options["norm"] == "layernorm"
+        qk_norm = options["qk_norm"]
+
+        def put_norm(name: str, norm: NormWeights | None, channels: int) -> None:
+            if norm is None or tuple(norm.weight.shape) != (channels,):
+                found = None if norm is None else tuple(norm.weight.shape)
+                raise ValueError(f"{name}: expected weights {(channels,)}, got {found}")
+            vectors.append(norm.weight)
+            if options["norm"] == "layernorm":
+                vectors.append(torch.zeros_like(norm.weight) if norm.bias is None else norm.bias)
+
         for i, layer in enumerate(layers):
-            vectors += _vectors(layer.attention_norm, centered)
-            if options.get("qk_norm", "none") != "none":
-                vectors += _vectors(layer.q_norm, centered) + _vectors(layer.k_norm, centered)
-            vectors += _vectors(layer.ffn_norm, centered)
+            put_norm(f"layers.{i}.attention_norm", layer.attention_norm, dim)
+            if qk_norm != "none":
+                for which, count in (("q", heads), ("k", kv_heads)):
+                    channels = head_dim * (count if qk_norm == "full" else 1)
+                    put_norm(f"layers.{i}.{which}_norm", getattr(layer, f"{which}_norm"), channels)
+            put_norm(f"layers.{i}.ffn_norm", layer.ffn_norm, dim)
             for name, shape in shapes.items():
                 matrix = getattr(layer, name)
                 if name == "gate_up" and padded != ffn_dim:
@@ -125,10 +141,11 @@ class PackedDecoder:
                     halves[:, :ffn_dim] = matrix.unflatten(0, (2, -1))
                     matrix = halves.flatten(0, 1)
                 put(f"layers.{i}.{name}", matrix, shape)
+        put_norm("norm", norm, dim)
         put("head", head, (outputs, dim))
         return cls(
             weights,
-            torch.cat([v.detach().float().cpu() for v in vectors + _vectors(norm, centered)]),
+            torch.cat([v.detach().float().cpu() for v in vectors]),
             weight_type,
             len(layers),
             dim,
@@ -166,25 +183,16 @@ class PackedDecoder:
         return KVCache(k, v, torch.zeros(batch, dtype=torch.int32), starts, k_scale, v_scale)
 
 
-def _vectors(norm: NormWeights | None, centered: bool) -> list[Tensor]:
-    if not centered:
-        return [norm.weight]
-    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-    return [norm.weight, bias]
-
-
 def _allocate(size: int) -> Tensor:
     """uint8 [size] at the start of a page, in large pages where the system gives them: a step reads
     all of it once, and would miss the TLB with every 4 KiB."""
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
+    if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
     large = 2 << 20
+    # Shared memory, which is what mmap gives by default, has no large pages.
     memory = mmap.mmap(-1, size + large, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(memory, dtype=torch.uint8)
     first = -data.data_ptr() % large
     return data[first : first + size]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import check_floating
+from ..checks import check_device, check_floating
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
 from .packed import PackedWeight, check_weight_type, packed_bytes
@@ -21,7 +21,7 @@ def linear(x: Tensor, weight: PackedWeight, *, backend: str | None = None) -> Te
     the speed at which memory gives the weights.
 
     Args:
-        x: [..., inputs] of fp32, bf16 or fp16, on the CPU.
+        x: [..., inputs] of any floating type, on the CPU; computed in fp32.
         weight: of ``PackedWeight.pack``. Integer weights take x in 8 bits, too.
         backend: name of the backend to use; chosen by ``registry`` otherwise.
 
@@ -40,14 +40,17 @@ def _bind(x, weight) -> tuple:
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"weight: expected a PackedWeight, got {type(weight).__name__}")
     check_floating("x", x)
-    _check(x.float(), weight.data, weight.outputs, weight.weight_type)
+    if x.dim() == 0 or x.shape[-1] != weight.inputs:
+        raise ValueError(
+            f"x: expected [..., {weight.inputs}] for this weight, got {tuple(x.shape)}"
+        )
+    check_device("x", x, "weight", weight.data)
+    _check(x, weight.data, weight.outputs, weight.weight_type)
     return x.detach().float(), weight.data, weight.outputs, weight.weight_type
 
 
 def _check(x, weights, outputs, weight_type) -> None:
     check_weight_type(weight_type)
-    if x.dim() == 0:
-        raise ValueError("x: expected [..., inputs], got a number")
     size = packed_bytes(outputs, x.shape[-1], weight_type)
     if weights.dtype != torch.uint8 or tuple(weights.shape) != (size,):
         raise ValueError(

@@ -69,6 +69,8 @@ class PackedWeight:
             at = packed_bytes(first, inputs, weight_type)
             out[at : at + packed.numel()] = packed
             restored = _UNPACK[weight_type](packed, len(panels), inputs)[: len(rows)]
+            if not restored.isfinite().all() or (rows.any() and not restored.any()):
+                raise ValueError(f"weight: {weight_type} has no room for numbers of this size")
             squares += float(rows.double().square().sum())
             errors += float((restored - rows).double().square().sum())
         error = (errors / squares) ** 0.5 if squares else 0.0
