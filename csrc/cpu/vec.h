@@ -38,6 +38,16 @@ constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * t
 constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Keeps x in a register. Where those are few, GCC would load it again for each of its uses, and
+// loads are what is scarce then.
+inline void hold(Vec& x) {
+#if defined(CPU_CAPABILITY_AVX2)
+  __m256 value = x;
+  asm("" : "+x"(value));
+  x = value;
+#endif
+}
+
 // ---- Products ----------------------------------------------------------------------------------
 
 // The left factor A, whose elements are broadcast: by rows A(i, k) = a[i * stride + k], by columns

@@ -378,7 +378,10 @@ void score_blocks(const VqCodebook& codebook, int64_t begin, int64_t end, Tile& 
         }
         for (int64_t j = depth; j < depth_end; ++j, codes += kBlock, queries += width) {
           Vec query[R];
-          for (int r = 0; r < R; ++r) query[r] = Vec::loadu(queries + r * kLanes);
+          for (int r = 0; r < R; ++r) {
+            query[r] = Vec::loadu(queries + r * kLanes);
+            if (r + 1 < R) hold(query[r]);  // there is no register for the last one
+          }
           for (int k = 0; k < kCodes; ++k) {
             const Vec code(codes[k]);
             for (int r = 0; r < R; ++r) score[k][r] = at::vec::fmadd(code, query[r], score[k][r]);

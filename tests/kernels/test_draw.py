@@ -69,6 +69,10 @@ def test_large_scores(capability):
         logits = size + torch.randn(6, 4, 700) * size * 1e-6
         both(logits, SEEDS, POSITIONS)
         both(-logits, SEEDS, POSITIONS, top_k=30)
+    seeds = torch.arange(300)
+    for size in (1e5, 1e7):  # where the noise decides, too
+        logits = size + 2 * torch.randn(300, 1, 700)
+        both(logits, seeds, torch.zeros_like(seeds))
 
 
 def test_frequencies(capability):

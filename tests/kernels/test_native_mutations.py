@@ -181,7 +181,7 @@ STEP = {
     "append skipped": ("task.slot_end == step.seqlens[task.row] + 1", "false", "types"),
     "one cache for all layers": ("+ index * layer_stride_ * bytes", "", "types"),
     "one layer's scales": ("scales->data += index * scale_stride_", "scales->data += 0", "caches"),
-    "first part alone": ("of_group.data(), last - first)", "of_group.data(), 1)", "caches"),
+    "first part alone": ("&partials[first], last - first)", "&partials[first], 1)", "caches"),
     "another token scored": ("(row / last + 1) * skipped", "skipped", "types"),
     "k normalised as q": ("which ? layer.k_norm : layer.q_norm", "layer.q_norm", "kinds"),
     "not added to the residual": (
@@ -197,7 +197,7 @@ DRAW = {
     "rounding of large scores": ("- 1e-6f * std::fabs(float(best))", "", "large"),
     "one more than k": ("target = k - 1;", "target = k < count ? k : k - 1;", "reference"),
     "nucleus too small": ("before + mass[step] < p", "before + 2 * mass[step] < p", "reference"),
-    "temperature off": (": x) / divisor", ": x)", "reference"),
+    "temperature off": ("= score / divisor", "= score", "reference"),
     "guidance off": ("d.guidance * (x - base[i])", "(x - base[i])", "guidance"),
     "last block passed over": (
         "first < codes; first += kBlock",
