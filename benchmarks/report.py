@@ -158,8 +158,8 @@ def overview(records: list[dict[str, Any]]) -> None:
                     if r["case"]["op"] == op and (r["threads"], r["instruction_set"]) == run
                 ]  # fmt: skip
                 found = reached(case, peers, here) if peers else []
-                least, most = (f"{f(found):.1f}" if found else "–" for f in (min, max))
-                cells.append(f"{least} – {most}×" if least != most else f"{least}×".replace("–×", "–"))
+                least, most = (f"{f(found):.1f}×" if found else "–" for f in (min, max))
+                cells.append(least if least == most else f"{least} – {most}")
             if peers and any(cell != "–" for cell in cells):
                 what = ", ".join(filter(None, [f"`{op}`", name(case)]))
                 lines.append(f"| {what} | {' or '.join(peers)} | {' | '.join(cells)} |")
