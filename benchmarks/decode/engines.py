@@ -319,8 +319,8 @@ class CTranslate2:
 
 
 ENGINES = {
+    "transformers": Transformers(),  # first: the others are checked by it, in fp32
     "t2i": T2I(),
-    "transformers": Transformers(),
     "llama.cpp": LlamaCpp(fork=False),
     "ik_llama.cpp": LlamaCpp(fork=True),
     "onnxruntime-genai": OnnxRuntime(),
