@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROMPT = 64  # tokens
 TOKENS = 256  # that are decoded
-# With the usual 0.02 a tied model repeats its last token whatever its layers do, and engines that are
+# With the usual 0.02 a tied model repeats its last token whatever its layers do: engines that are
 # wrong would give the same tokens.
 INIT_STD = 0.05
 
