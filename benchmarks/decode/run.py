@@ -31,6 +31,7 @@ from shapes import PROMPT, TOKENS, make_model  # noqa: E402
 RESULT = ROOT / "benchmarks/results/decode.json"
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
 CHECKED = 16  # tokens that have to be transformers', in fp32
+ROOM = int(0.7 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 # What each engine's environment takes; ours and transformers' are this one.
 TORCH = "torch==2.13.0"
@@ -85,8 +86,11 @@ def environment(name: str) -> str | None:
         return None
     print(f"{name}: making its environment", flush=True)
     venv.create(folder, with_pip=True)
-    # Engines that are compiled use what this machine has.
-    variables = os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
+    # Engines that are compiled use what this machine has, but for AMX: llama.cpp's kernels for it
+    # (llama-cpp-python 0.3.36) end with a segmentation fault on the smaller shape.
+    flags = " ".join(f"-DCMAKE_{x}_FLAGS=-mno-amx-int8" for x in ("C", "CXX"))
+    amx = "amx_int8" in Path("/proc/cpuinfo").read_text()
+    variables = os.environ | {"CMAKE_ARGS": f"-DGGML_NATIVE=ON {flags if amx else ''}"}
     for package in PACKAGES[name]:  # torch first: the others take the one that is there
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run(
@@ -108,16 +112,25 @@ class Worker:
         command = [python, str(HERE / "engines.py")]
         arguments = [name, str(folder), case["precision"]]
         self.log = tempfile.TemporaryFile("w+")
-        pipes = {"stderr": self.log, "env": variables, "text": True}
+        self.pipes = {"stderr": self.log, "env": variables, "text": True}
         self.process = None
-        done = subprocess.run([*command, "convert", *arguments], stdout=self.log, **pipes)
+        done = subprocess.run([*command, "convert", *arguments], stdout=self.log, **self.pipes)
         if done.returncode:
             raise RuntimeError(self.last_words())
+        self.command = [*command, "serve", *arguments, str(case["batch"]), threads]
+        self.about = self.start()
+
+    def start(self) -> dict[str, Any]:
         self.process = subprocess.Popen(
-            [*command, "serve", *arguments, str(case["batch"]), threads],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, **pipes,
-        )  # fmt: skip
-        self.about = self.answer()
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **self.pipes
+        )
+        return self.answer()
+
+    @property
+    def memory(self) -> int:
+        """Bytes that are resident."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) << 10
 
     def run(self, count: int) -> dict[str, Any]:
         print(count, file=self.process.stdin, flush=True)
@@ -138,7 +151,7 @@ class Worker:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-        self.log.close()
+            self.process = None
 
 
 def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]:
@@ -147,6 +160,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
 
     rows: dict[str, dict[str, Any]] = {}
     workers: dict[str, Worker] = {}
+    needed: list[int] = []  # bytes of memory
     expected = None
     for name, engine in ENGINES.items():
         if case["precision"] not in engine.precisions:
@@ -172,13 +186,26 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             continue
         rows[name] = {**worker.about, "same_tokens": same, "prefill": [], "decode": []}
         workers[name] = worker
+        needed.append(worker.memory)
+        if sum(needed) > ROOM:
+            worker.stop()
+    together = sum(needed) <= ROOM
+    if not together:  # one at a time, started again for each of its turns
+        for worker in workers.values():
+            worker.stop()
     bandwidth = []
+    weights = rows["t2i"].get("bytes", 1 << 28)  # a last-level cache helps the limit, too
     names = list(workers)
     for turn in range(rounds):
-        weights = rows["t2i"]["bytes"] if "t2i" in rows else 1 << 28
         bandwidth.append(native.read_bandwidth(case["threads"], weights))
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            result = workers[name].run(TOKENS)
+            worker = workers[name]
+            if not together:
+                worker.start()
+                worker.run(CHECKED)  # memory is touched, threads are there
+            result = worker.run(TOKENS)
+            if not together:
+                worker.stop()
             rows[name]["prefill"].append(result["prefill"])
             rows[name]["decode"].append(result["decode"])
     for worker in workers.values():
