@@ -6,6 +6,7 @@
 # make sanitize  run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench     measure the kernels beside their peers, half an hour: benchmarks/results/README.md
 # make bench-avx2   the same, all of them restricted to AVX2, as on machines without AVX-512
+# make bench-decode   measure decoding beside other engines, hours: benchmarks/results/decode.md
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
 # make clean     remove the environment and what the build left
 #
@@ -30,7 +31,7 @@ T2I := $(VENV)/bin/t2i
 NAME := emoji64
 MODEL := t2i/pretrained/$(NAME)
 
-.PHONY: demo test fuzz sanitize weights bench bench-avx2 install clean FORCE
+.PHONY: demo test fuzz sanitize weights bench bench-avx2 bench-decode install clean FORCE
 
 BENCH_THREADS ?= 1 2
 
@@ -78,6 +79,11 @@ bench-avx2: BENCH_ENV := T2I_CPU_CAPABILITY=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 FAISS_SIMD_LEVEL=AVX2 \
 	OPENBLAS_CORETYPE=Haswell BENCH_COMMAND="make bench-avx2"
 bench-avx2: bench
+
+bench-decode: $(VENV)/installed-bench
+	mkdir -p benchmarks/results
+	$(VENV)/bin/python benchmarks/decode/run.py
+	$(VENV)/bin/python benchmarks/decode/report.py
 
 install: $(VENV)/installed
 

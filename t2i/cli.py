@@ -50,6 +50,7 @@ Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely codes; 0: all.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the likely codes up to this probability.")]
 Weights = Annotated[str | None, typer.Option(help="fp32, bf16, int8 or int4, on the CPU.")]
+Cache = Annotated[str | None, typer.Option(help="Of keys and values: fp32, bf16, fp16 or int8.")]
 Seed = Annotated[int, typer.Option(help="Of the first picture; the next has the next seed.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Changes to the configuration.", metavar="[KEY=VALUE]...")
@@ -174,7 +175,13 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
     scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
     weights: Weights = None,
-    speculate: Annotated[int, typer.Option(help="Guess so many tokens ahead in every pass.")] = 0,
+    cache: Cache = None,
+    speculate: Annotated[
+        int | None, typer.Option(help="Guess so many tokens ahead in every pass; 0 is off.")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="What guesses: weights in int8, int4, bf16, or jacobi.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="Of the operators, by name.")] = None,
     model: Model = None,
     device: Device = "auto",
@@ -196,7 +203,9 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         weights=weights,
+        cache=cache,
         speculate=speculate,
+        draft=draft,
         backend=backend,
         progress=sys.stderr.isatty(),
     )
@@ -225,6 +234,7 @@ def evaluate(
     top_k: TopK = None,
     top_p: TopP = None,
     weights: Weights = None,
+    cache: Cache = None,
     seed: Seed = 0,
     card: Annotated[bool, typer.Option("--card", help="Write it into the model's card.")] = False,
     device: Device = "auto",
@@ -239,7 +249,9 @@ def evaluate(
     pipeline = _load(model, device, threads)
     if card and not (model or SHIPPED).joinpath("README.md").exists():
         raise FileNotFoundError(f"--card: {model or SHIPPED} holds no README.md")
-    given = _given(cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p, weights=weights)
+    given = _given(
+        cfg=cfg, temperature=temperature, top_k=top_k, top_p=top_p, weights=weights, cache=cache
+    )
     options = asdict(pipeline.sampling) | given
     checksums = [weights_checksum(part) for part in (pipeline.tokenizer, pipeline.lm)]
     result = evaluate_model(
@@ -249,6 +261,7 @@ def evaluate(
         out,
         prompts=prompts,
         seed=seed,
+        loss=lambda captions, codes: pipeline.loss(captions, codes, weights=weights, cache=cache),
         settings={"model": pipeline.name, "weights_sha256": checksums, **options},
         progress=sys.stderr.isatty(),
     )
@@ -304,11 +317,13 @@ def describe(pipeline: T2I) -> str:
     )
     if pipeline.device.type == "cpu" and native.reason() is None and numbers.passes:
         # How fast as many bytes as a pass reads can be read again and again, up to 1 GiB of them.
-        size = min(numbers.bytes_read // numbers.passes, 1 << 30)
+        size = min(numbers.bytes_read // (numbers.passes + numbers.drafts), 1 << 30)
         limit = native.read_bandwidth(torch.get_num_threads(), size)
         if limit:
             share = numbers.bytes_read / numbers.decode_seconds / limit
             text += f", {share:.0%} of {limit / 1e9:.0f} GB/s in {numbers.passes} passes"
+            if numbers.drafts:
+                text += f" and {numbers.drafts} drafts"
     return f"{text})"
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .lm import TransformerLM, load_lm, save_lm
-from .sampling import Progress, Statistics, sample_codes
+from .sampling import Progress, Statistics, sample_codes, score_codes
 from .text import TextTokenizer
 from .tokenizer import load_tokenizer, save_tokenizer
 
@@ -167,7 +167,9 @@ class T2I:
         seed: int | Sequence[int] = 0,
         batch_size: int = 16,
         weights: str | None = None,
-        speculate: int = 0,
+        cache: str | None = None,
+        speculate: int | None = None,
+        draft: str | None = None,
         backend: str | None = None,
         progress: bool | Progress = False,
     ) -> list[Image.Image]:
@@ -182,7 +184,7 @@ class T2I:
             batch_size: pictures drawn together; bounds memory.
             progress: True shows a bar; a function is called with (tokens done, tokens in all).
             cfg, temperature, top_k, top_p: see ``sampling.sample_codes``; None is the model's own.
-            weights, speculate, backend: see ``sampling.sample_codes``.
+            weights, cache, speculate, draft, backend: see ``sampling.sample_codes``.
 
         Returns:
             ``len(prompts) * n`` RGB images, those of the first prompt first.
@@ -220,7 +222,9 @@ class T2I:
                     unconditional=self.text.prompt(None),
                     **options,
                     weights=weights,
+                    cache=cache,
                     speculate=speculate,
+                    draft=draft,
                     backend=backend,
                     progress=report and on_token,
                 )
@@ -236,6 +240,29 @@ class T2I:
         pixels = self.tokenizer.decode(codes.to(self.device)).clamp(-1, 1)
         pixels = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
+
+    def loss(
+        self,
+        prompts: str | Sequence[str],
+        codes: Tensor,
+        *,
+        weights: str | None = None,
+        cache: str | None = None,
+        batch_size: int = 16,
+    ) -> Tensor:
+        """Nats a token that the model needs for pictures, given their captions: fp32 [N] for codes
+        int64 [N, h, w]. The exponential of their mean is the perplexity. ``weights``, ``cache``:
+        see ``sampling.sample_codes``."""
+        rows = self._tokens(prompts)
+        if len(rows) != len(codes):
+            raise ValueError(f"{len(codes)} pictures for {len(rows)} prompts")
+        return torch.cat([
+            score_codes(
+                self.lm, rows[i : i + batch_size], codes[i : i + batch_size].to(self.device),
+                weights=weights, cache=cache,
+            )
+            for i in range(0, len(rows), batch_size)
+        ])  # fmt: skip
 
     def _tokens(self, prompts: str | Sequence[str]) -> list[list[int]]:
         """The prompts as tokens, each checked."""

@@ -15,20 +15,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
-from numbers import Real
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from t2i_kernels import use_backend
-from t2i_kernels.draw import draw
+from t2i_kernels.linear import WEIGHT_TYPES
 
-from .lm.decoding import Decoder, make_decoder
+from . import speculation
+from .lm.decoding import Decoder, PackedModel, make_decoder
 from .lm.model import TransformerLM
+from .sampler import Sampler, make_sampler
+from .speculation import Counts
 
 Progress = Callable[[int, int], None]
+CACHE_TYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,8 @@ class Statistics:
     decode_seconds: float = 0.0  # drawing the other tokens
     pixel_seconds: float = 0.0  # from codes to pixels
     passes: int = 0  # of the model, to draw the tokens behind the first ones
-    bytes_read: int = 0  # of weights and caches, in these passes
+    drafts: int = 0  # passes of the weights that guessed tokens
+    bytes_read: int = 0  # of weights and caches, in all of these passes
     backend: str = ""  # that ran attention
     path: str = ""  # what ran the model: "decode_step, fp32 weights" or "modules"
 
@@ -81,7 +91,9 @@ def sample_codes(
     top_p: float = 1.0,
     prefix_padding: Tensor | None = None,
     weights: str | None = None,
-    speculate: int = 0,
+    cache: str | None = None,
+    speculate: int | None = None,
+    draft: str | None = None,
     backend: str | None = None,
     progress: Progress | None = None,
 ) -> Samples:
@@ -104,9 +116,15 @@ def sample_codes(
         prefix_padding: int [N], leading positions of each row of caption features to ignore.
         weights: type of the weights while drawing, on the CPU: "fp32", "bf16", "int8" or "int4"
             (``t2i_kernels.linear.PackedWeight``); by default the model's own.
-        speculate: read guesses of so many tokens behind the last one in every pass, and keep those
-            that turn out right: fewer passes, each of more rows. With ``decode_step`` the image is
-            the same to the bit.
+        cache: type of the keys and values that are kept: "fp32", "bf16", "fp16" or "int8" with
+            ``decode_step``, by default fp32; elsewhere the model's own, or "int8".
+        speculate: guess so many tokens behind the last one, read them in one pass of the model, and
+            keep those that turn out right: fewer passes, each of more rows. With ``decode_step``
+            the image is the same to the bit. 0 is off; by default as many as the times measured on
+            the way say, for pictures of 256 tokens or more with weights in fp32 or bf16.
+        draft: what guesses: weights of this type ("int8", "int4", "bf16"), which are held beside
+            the others, or "jacobi", what earlier passes drew. By default "int8" with
+            ``decode_step``, else "jacobi".
         backend: of all operators, by name; by default the fastest that runs here.
         progress: called with (tokens done, tokens in all) of an image after each of them.
 
@@ -118,13 +136,17 @@ def sample_codes(
     """
     config = lm.config
     num_tokens = grid[0] * grid[1]
-    sampler = _sampler(lm, seeds, cfg, temperature, top_k, top_p, num_tokens)
+    sampler = make_sampler(lm, seeds, cfg, temperature, top_k, top_p, num_tokens)
     if config.image_grid is not None and tuple(grid) != config.image_grid:
         raise ValueError(f"grid={tuple(grid)}: the model's positions are for {config.image_grid}")
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed each")
-    if speculate < 0:
+    if speculate is not None and speculate < 0:
         raise ValueError(f"speculate={speculate}: expected at least 0, which is off")
+    if cache is not None and cache not in CACHE_TYPES:
+        raise ValueError(f"cache={cache!r}: expected one of {', '.join(CACHE_TYPES)}")
+    if draft is not None and draft not in (*WEIGHT_TYPES, "jacobi"):
+        raise ValueError(f"draft={draft!r}: expected one of {', '.join(WEIGHT_TYPES)}, jacobi")
     if not len(prompts):
         return Samples(torch.empty(0, *grid, dtype=torch.int64), Statistics())
 
@@ -141,17 +163,32 @@ def sample_codes(
             )
         # The last token is drawn but never read.
         slots = prompt.length + num_tokens - 1
-        decoder = make_decoder(lm, prompt.rows, slots, prompt.start, weights)
+        decoder = make_decoder(
+            lm, len(prompt.used), slots, prompt.start, weights, cache and CACHE_TYPES[cache]
+        )
         codes = torch.empty(
             len(prompts), num_tokens, dtype=torch.int64, device=sampler.seeds.device
         )
+
+        if speculate is None and not _pays(decoder, num_tokens):
+            speculate = 0
+        if draft is None:
+            draft = "int8" if isinstance(decoder, PackedModel) else "jacobi"
+        if speculate != 0 and draft != "jacobi":
+            decoder.with_weights(draft)  # packs them: as for the others, that is not counted
 
         started = _now(codes.device)
         codes[:, 0] = prefill(decoder, prompt, sampler)
         if progress is not None:
             progress(1, num_tokens)
         prefilled = _now(codes.device)
-        counts = decode_n_tokens(lm, decoder, codes, sampler, prompt.used, speculate, progress)
+        if speculate == 0:
+            counts = decode_n_tokens(decoder, codes, sampler, prompt.used, progress)
+        else:
+            counts = speculation.speculate(
+                decoder, codes, sampler, prompt.used, ahead=speculate,
+                draft=None if draft == "jacobi" else draft, progress=progress,
+            )  # fmt: skip
         finished = _now(codes.device)
         statistics = Statistics(
             images=len(codes),
@@ -159,6 +196,7 @@ def sample_codes(
             prefill_seconds=prefilled - started,
             decode_seconds=finished - prefilled,
             passes=counts.passes,
+            drafts=counts.drafts,
             bytes_read=counts.bytes_read,
             backend=decoder.backend,
             path=decoder.path,
@@ -166,41 +204,56 @@ def sample_codes(
     return Samples(codes.unflatten(1, grid), statistics)
 
 
+@torch.no_grad()
+def score_codes(
+    lm: TransformerLM,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    codes: Tensor,
+    *,
+    weights: str | None = None,
+    cache: str | None = None,
+) -> Tensor:
+    """Nats a token that ``lm`` needs for given images: the mean of −log p(code) over the codes
+    int64 [N, h, w] of each, fp32 [N]. The other arguments and errors are ``sample_codes``'s."""
+    codes = codes.flatten(1)
+    with _evaluating(lm):
+        prompt = _prompt(lm, prompts, None, None, guided=False)
+        length = prompt.length + codes.shape[1] - 1
+        cache_type = cache and CACHE_TYPES[cache]
+        decoder = make_decoder(lm, len(codes), length, prompt.start, weights, cache_type)
+        first = decoder.read(prompt.tokens, prompt.prefix)
+        logits = torch.cat([first, decoder.read_codes(codes[:, :-1])], dim=1)
+        return F.cross_entropy(logits.mT, codes, reduction="none").mean(dim=1)
+
+
+def _pays(decoder: Decoder, num_tokens: int) -> bool:
+    """Packing the weights that guess takes about as long as 100 passes of them in fp32."""
+    return (
+        isinstance(decoder, PackedModel)
+        and decoder.decoder.weight_type in ("fp32", "bf16")
+        and num_tokens >= 256
+    )
+
+
 def prefill(decoder: Decoder, prompt: Prompt, sampler: Sampler) -> Tensor:
     """Read the prompts and draw the first code of each image: int64 [N]."""
     logits = decoder.read(prompt.tokens, prompt.prefix)
+    copies = len(prompt.used) - len(logits)
+    if copies:
+        decoder.copy_last(copies)
+        logits = torch.cat([logits, logits[-1:].expand(copies, -1, -1)])
     return sampler(logits, torch.zeros_like(sampler.seeds))[:, 0]
 
 
-def decode_one_token(
-    lm: TransformerLM, decoder: Decoder, codes: Tensor, sampler: Sampler, positions: Tensor
-) -> Tensor:
-    """Read codes of each image [N, n], which continue what was read, and draw what follows each of
-    them: int64 [N, n]. The first one drawn is at ``positions`` int64 [N] of the images."""
-    tokens = codes + lm.config.text_vocab_size
-    if sampler.guided:
-        tokens = torch.cat([tokens, tokens])
-    return sampler(decoder.read(tokens, last=codes.shape[1]), positions)
-
-
-class Counts(NamedTuple):
-    passes: int
-    bytes_read: int  # of weights and of the cache
-
-
 def decode_n_tokens(
-    lm: TransformerLM,
     decoder: Decoder,
     codes: Tensor,
     sampler: Sampler,
     used: Sequence[int],
-    speculate: int = 0,
     progress: Progress | None = None,
 ) -> Counts:
-    """Fill codes [N, num_tokens] behind its first column; ``used`` are the tokens that were read of
-    each row. Without ``speculate``, nothing here waits for the device."""
-    if speculate:
-        return _speculate(lm, decoder, codes, sampler, used, speculate, progress)
+    """Fill codes int64 [N, num_tokens] behind its first column; ``used`` are the tokens that were
+    read of each row. Nothing here waits for the device."""
     num_tokens, bytes_read = codes.shape[1], 0
     positions = torch.zeros_like(sampler.seeds)
     for i in range(1, num_tokens):
@@ -208,114 +261,23 @@ def decode_n_tokens(
             decoder.keep(len(codes))
             sampler, used = sampler.unguided(), used[: len(codes)]
         positions += 1
-        codes[:, i] = decode_one_token(lm, decoder, codes[:, i - 1 : i], sampler, positions)[:, 0]
+        codes[:, i] = sampler.next(decoder, codes[:, i - 1 : i], positions)[:, 0]
         bytes_read += decoder.weight_bytes + decoder.slot_bytes * (sum(used) + i * len(used))
         if progress is not None:
             progress(i + 1, num_tokens)
-    return Counts(num_tokens - 1, bytes_read)
-
-
-def _speculate(
-    lm: TransformerLM,
-    decoder: Decoder,
-    codes: Tensor,
-    sampler: Sampler,
-    used: Sequence[int],
-    ahead: int,
-    progress: Progress | None,
-) -> Counts:
-    """Jacobi decoding (arXiv 2410.01699) with the noise of every position fixed beforehand: what is
-    drawn behind right tokens is what one token at a time would draw, whatever was guessed, as long
-    as a row's logits do not depend on how many are computed with it."""
-    images, num_tokens = codes.shape
-    ahead = min(ahead, num_tokens)
-    passes = bytes_read = 0
-    known = torch.ones_like(sampler.seeds)  # codes of each image that are right
-    guesses = codes[:, :1].repeat(1, num_tokens + ahead)  # of all codes, right ones in front
-    index = torch.arange(ahead + 1, device=codes.device)
-    while (least := int(known.min())) < num_tokens:
-        if sampler.guided and least >= sampler.guided_tokens:
-            decoder.keep(images)
-            sampler, used = sampler.unguided(), used[:images]
-        window = min(ahead + 1, num_tokens - least)
-        # An image that is done, or nearly so, reads its last tokens again.
-        ahead_of_it = (known - (num_tokens - window)).clamp_min(0)
-        decoder.forget(ahead_of_it.int().repeat(len(used) // images))
-        known -= ahead_of_it
-        where = known[:, None] + index[:window]  # positions that are drawn
-        drawn = decode_one_token(lm, decoder, guesses.gather(1, where - 1), sampler, known)
-        right = (drawn == guesses.gather(1, where))[:, :-1].long().cumprod(dim=1).sum(dim=1) + 1
-        guesses.scatter_(1, where, drawn)
-        guesses = _guess(guesses, known + window, index)
-        passes += 1
-        slots = sum(used) + len(used) // images * int((known + window - 1).sum())
-        bytes_read += decoder.weight_bytes + decoder.slot_bytes * slots
-        forgotten = (window - right).int()
-        decoder.forget(forgotten.repeat(len(used) // images))
-        known += right
-        if progress is not None:
-            progress(int(known.min()), num_tokens)
-    codes.copy_(guesses[:, :num_tokens])
-    return Counts(passes, bytes_read)
-
-
-def _guess(guesses: Tensor, first: Tensor, index: Tensor) -> Tensor:
-    """Repeat the code in front of ``first`` [N] behind it."""
-    where = first[:, None] + index
-    where = where.clamp_max(guesses.shape[1] - 1)
-    last = guesses.gather(1, first[:, None] - 1)
-    return guesses.scatter(1, where, last.expand_as(where))
+    return Counts(num_tokens - 1, 0, bytes_read)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands in front of the images: N rows, or 2N with the unconditional half behind."""
+    """What stands in front of the images: N rows, or 2N with the unconditional half behind. Where
+    its rows are alike, only one of them is in ``tokens`` or ``prefix``, to be read once."""
 
     tokens: Tensor | None  # int64 [rows, length], padded on the left
     prefix: Tensor | None
-    start: Tensor | None  # int32 [rows]: positions of padding
-    used: list[int]  # positions that are not, of each row
+    start: Tensor | None  # int32 [N or 2N]: positions of padding
+    used: list[int]  # [N or 2N] positions that are not
     length: int
-
-    @property
-    def rows(self) -> int:
-        return len(self.used)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """From logits to codes."""
-
-    seeds: Tensor  # int64 [N]
-    scales: Tensor | None  # guidance scale of each token, fp32 [num_tokens]
-    guided_tokens: int  # up to the last scale that is not 1
-    temperature: float
-    top_k: int
-    top_p: float
-
-    @property
-    def guided(self) -> bool:
-        return self.scales is not None
-
-    def unguided(self) -> Sampler:
-        return replace(self, scales=None, guided_tokens=0)
-
-    def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """Codes int64 [N, T] from logits [N or 2N, T, codes]; the first of the T tokens of each
-        image is at ``positions`` int64 [N]."""
-        guidance = None
-        if self.guided:
-            where = positions[:, None] + torch.arange(logits.shape[1], device=logits.device)
-            guidance = self.scales[where]
-        return draw(
-            logits,
-            self.seeds,
-            positions,
-            guidance=guidance,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
 
 
 def _prompt(
@@ -338,68 +300,33 @@ def _prompt(
         prefix = torch.as_tensor(prompts, device=device)
         if prefix.is_floating_point():
             prefix = prefix.to(lm.output.weight.dtype)
-        if guided:
-            prefix = torch.cat([prefix, lm.prefix_embedding.unconditional(len(prompts))])
+        halves = 2 if guided else 1
         start, length = None, lm.config.prefix_length
-        used = [length] * len(prefix)
+        used = [length] * len(prefix) * halves
         if prefix_padding is not None:
-            start = prefix_padding.to(device, torch.int32).repeat(2 if guided else 1)
+            start = prefix_padding.to(device, torch.int32).repeat(halves)
             used = [length - padding for padding in start.tolist()]
+        if guided:
+            unlike = len(prefix) if prefix_padding is not None else 1
+            prefix = torch.cat([prefix, lm.prefix_embedding.unconditional(unlike)])
         return Prompt(None, prefix, start, used, length)
 
     rows = [list(prompt) for prompt in prompts]
+    used = list(map(len, rows))
     if guided:
         if not unconditional:
             raise ValueError(
                 "cfg: guidance needs the unconditional prompt, TextTokenizer.prompt(None)"
             )
-        rows += [list(unconditional)] * len(rows)
-    length = max(map(len, rows))
-    if not min(map(len, rows)):
+        rows.append(list(unconditional))
+        used += [len(unconditional)] * len(used)
+    if not min(used):
         raise ValueError("prompts: one has no tokens at all; it needs at least its separators")
-    padding = [length - len(row) for row in rows]
+    length = max(used)
+    start = torch.tensor([length - count for count in used], dtype=torch.int32, device=device)
     # Any token does for padding: nothing attends to it.
-    tokens = torch.tensor([row[:1] * pad + row for row, pad in zip(rows, padding, strict=True)])
-    start = torch.tensor(padding, dtype=torch.int32, device=device)
-    return Prompt(tokens.to(device), None, start, list(map(len, rows)), length)
-
-
-def _sampler(
-    lm: TransformerLM,
-    seeds: Sequence[int],
-    cfg: float | Sequence[float],
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    num_tokens: int,
-) -> Sampler:
-    if not lm.config.image_vocab_size:
-        raise ValueError("the model has no image tokens: extend_vocabulary adds them")
-    if num_tokens < 1:
-        raise ValueError("grid: expected at least one token")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: expected a number of at least 0")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k}: expected at least 0, which keeps all")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
-    device = lm.output.weight.device
-    scales = [float(cfg)] * num_tokens if isinstance(cfg, Real) else list(map(float, cfg))
-    if len(scales) != num_tokens:
-        raise ValueError(f"cfg: a schedule of {len(scales)} scales for {num_tokens} tokens")
-    if not all(0 <= scale < float("inf") for scale in scales):
-        raise ValueError(f"cfg={cfg}: expected finite numbers of at least 0")
-    guided_tokens = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
-    # Any Python integer is a seed: its lowest 64 bits, as a signed number.
-    signed = [((seed + (1 << 63)) % (1 << 64)) - (1 << 63) for seed in map(int, seeds)]
-    return Sampler(
-        seeds=torch.tensor(signed, dtype=torch.int64, device=device),
-        scales=torch.tensor(scales, dtype=torch.float32, device=device) if guided_tokens else None,
-        guided_tokens=guided_tokens,
-        temperature=float(temperature),
-        top_k=int(top_k),
-        top_p=float(top_p),
-    )
+    tokens = torch.tensor([row[:1] * (length - len(row)) + row for row in rows])
+    return Prompt(tokens.to(device), None, start, used, length)
 
 
 @contextlib.contextmanager

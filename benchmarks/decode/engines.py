@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shapes import PROMPT, TOKENS, prompts
+from shapes import SHAPES
 
 Generate = Callable[[int], dict[str, Any]]  # tokens to decode -> what serve prints
 
@@ -47,11 +47,12 @@ class T2I:
         decoder = pack(lm, precision, rows=slice(None))
         embedding = lm.tok_embeddings.weight
         del lm  # of a large model there is room for one set of weights
-        prompt = torch.tensor(prompts(batch))
+        shape = SHAPES[folder.name]
+        prompt = torch.tensor(shape.prompts(batch))
         self.bytes = decoder.weights.numel()
 
         def generate(count: int) -> dict[str, Any]:
-            cache = decoder.allocate_cache(batch, PROMPT + count)
+            cache = decoder.allocate_cache(batch, shape.prompt + count)
             began = time.perf_counter()
             token = decode_step(embedding[prompt], decoder, cache)[:, -1].argmax(-1)
             tokens = [token]
@@ -80,7 +81,7 @@ class Transformers:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        prompt = torch.tensor(prompts(batch))
+        prompt = torch.tensor(SHAPES[folder.name].prompts(batch))
         mask = torch.ones_like(prompt)
         self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -88,7 +89,7 @@ class Transformers:
             return model.generate(
                 prompt, attention_mask=mask, do_sample=False, pad_token_id=1,
                 min_new_tokens=count, max_new_tokens=count,
-            )[:, PROMPT:]  # fmt: skip
+            )[:, prompt.shape[1] :]  # fmt: skip
 
         return difference(run, lambda out: out.tolist())
 
@@ -143,17 +144,18 @@ class LlamaCpp:
         model = getattr(llama, name, None) or llama.llama_load_model_from_file
         model = model(str(file).encode(), options)
         options = llama.llama_context_default_params()
-        options.n_ctx = batch * (PROMPT + TOKENS + 64)
+        shape = SHAPES[folder.name]
+        options.n_ctx = batch * (shape.prompt + shape.tokens + 64)
         options.n_batch = options.n_ubatch = 512
         options.n_seq_max = batch
         options.n_threads = options.n_threads_batch = threads
         if self.fork:
-            options.flash_attn = True
+            options.flash_attn = batch == 1  # an assertion fails in it with several sequences
         new = getattr(llama, "llama_init_from_model", None) or llama.llama_new_context_with_model
         context = new(model, options)
         self.bytes = file.stat().st_size
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-        work, prompt = llama.llama_batch_init(512, 0, 1), prompts(batch)
+        work, prompt = llama.llama_batch_init(512, 0, 1), shape.prompts(batch)
 
         def put(rows: list[tuple[int, int, int, bool]]) -> None:
             work.n_tokens = len(rows)
@@ -178,12 +180,12 @@ class LlamaCpp:
             began = time.perf_counter()
             last = []
             for b, row in enumerate(prompt):
-                put([(token, i, b, i == PROMPT - 1) for i, token in enumerate(row)])
-                last.append(best(PROMPT - 1))
+                put([(token, i, b, i == shape.prompt - 1) for i, token in enumerate(row)])
+                last.append(best(shape.prompt - 1))
             tokens = [last]
             read = time.perf_counter()
             for step in range(count - 1):
-                put([(token, PROMPT + step, b, True) for b, token in enumerate(last)])
+                put([(token, shape.prompt + step, b, True) for b, token in enumerate(last)])
                 last = [best(b) for b in range(batch)]
                 tokens.append(last)
             done = time.perf_counter()
@@ -219,12 +221,12 @@ class OnnxRuntime:
         session = {"session_options": {"intra_op_num_threads": threads}}
         config.overlay(json.dumps({"model": {"decoder": session}}))
         model = og.Model(config)
-        prompt = np.array(prompts(batch), dtype=np.int32)
+        prompt = np.array(SHAPES[folder.name].prompts(batch), dtype=np.int32)
         self.bytes = sum(file.stat().st_size for file in target.glob("*.data"))
 
         def generate(count: int) -> dict[str, Any]:
             options = og.GeneratorParams(model)
-            length = PROMPT + count
+            length = prompt.shape[1] + count
             options.set_search_options(
                 max_length=length, min_length=length, do_sample=False, batch_size=batch,
                 past_present_share_buffer=True,
@@ -237,7 +239,7 @@ class OnnxRuntime:
             for _ in range(count - 1):
                 generator.generate_next_token()
             done = time.perf_counter()
-            rows = [generator.get_sequence(b)[PROMPT:] for b in range(batch)]
+            rows = [generator.get_sequence(b)[prompt.shape[1] :] for b in range(batch)]
             return {"prefill": read - began, "decode": done - read,
                     "tokens": [[int(t) for t in row] for row in rows]}  # fmt: skip
 
@@ -269,13 +271,13 @@ class OpenVino:
         import openvino_genai as genai
 
         target = folder / f"openvino-{'fp32' if precision == 'bf16' else precision}"
-        # By itself it computes in bf16 where the processor can.
-        computes = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "fp32" else {}
+        # By itself it computes in bf16 where the processor can, and keeps the cache in int8.
+        exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         pipeline = genai.LLMPipeline(
             str(target), "CPU", INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY",
-            NUM_STREAMS=1, **computes,
+            NUM_STREAMS=1, **(exact if precision == "fp32" else {}),
         )  # fmt: skip
-        prompt = np.array(prompts(batch), dtype=np.int64)
+        prompt = np.array(SHAPES[folder.name].prompts(batch), dtype=np.int64)
         inputs = genai.TokenizedInputs(ov.Tensor(prompt), ov.Tensor(np.ones_like(prompt)))
         self.bytes = (target / "openvino_model.bin").stat().st_size
         if precision == "bf16":
@@ -311,7 +313,9 @@ class CTranslate2:
             compute_type={"fp32": "float32", "int8": "int8"}[precision],
         )  # fmt: skip
         vocabulary = json.loads((target / "vocabulary.json").read_text())
-        prompt = [[vocabulary[token] for token in row] for row in prompts(batch)]
+        prompt = [
+            [vocabulary[token] for token in row] for row in SHAPES[folder.name].prompts(batch)
+        ]
         weights = (target / "model.bin").stat().st_size
         self.bytes = weights if precision == "fp32" else weights // 4
 
@@ -324,6 +328,77 @@ class CTranslate2:
         return difference(run, lambda results: [list(r.sequences_ids[0]) for r in results])
 
 
+class Pictures:
+    """This project's sampling of whole pictures: guidance, noise and draw behind every step, for
+    half as many pictures as the other engines decode rows."""
+
+    precisions = ("fp32", "bf16", "int8", "int4")
+    packages = ("t2i", "torch")
+
+    def convert(self, folder: Path, precision: str) -> None:
+        pass
+
+    def load(self, folder: Path, precision: str, batch: int, threads: int) -> Generate:
+        import torch
+
+        from t2i.lm import LM_CONFIGS, TransformerLM
+        from t2i.sampling import sample_codes
+
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        shape = SHAPES[folder.name]
+        config, side = LM_CONFIGS[shape.ours], int(shape.tokens**0.5)
+        if config.image_grid is not None:
+            config = config.replace(image_grid=(side, side), max_positions=1 + shape.tokens)
+            prompts, unconditional = torch.arange(batch // 2), None
+        else:
+            prompts, unconditional = shape.prompts(batch // 2), [0, 1]
+        lm = TransformerLM(config)
+
+        def draw(**options: Any) -> Any:
+            return sample_codes(
+                lm, prompts, seeds=range(batch // 2), grid=(side, side), cfg=3.0,
+                unconditional=unconditional, speculate=0, **options,
+            )  # fmt: skip
+
+        if precision == "fp32":
+            fused, plain = draw().codes, draw(backend="reference").codes
+            assert torch.equal(fused, plain), "the fused path drew another picture"
+        self.bytes = 0
+
+        def generate(count: int) -> dict[str, Any]:
+            codes, numbers = draw(weights=precision)
+            return {"prefill": numbers.prefill_seconds, "decode": numbers.decode_seconds,
+                    "tokens": codes.flatten(1).tolist()}  # fmt: skip
+
+        return generate
+
+
+class GuidedTransformers(Transformers):
+    """``generate`` with guidance and sampling."""
+
+    precisions = ("fp32",)
+
+    def load(self, folder: Path, precision: str, batch: int, threads: int) -> Generate:
+        import torch
+        from transformers import LlamaForCausalLM
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        prompt = torch.tensor(SHAPES[folder.name].prompts(batch // 2))
+        self.bytes = 0
+
+        def run(count: int) -> Any:
+            return model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0,
+                guidance_scale=3.0, negative_prompt_ids=prompt[:, -1:], pad_token_id=1,
+                min_new_tokens=count, max_new_tokens=count,
+            )[:, prompt.shape[1] :]  # fmt: skip
+
+        return difference(run, lambda out: out.tolist())
+
+
 ENGINES = {
     "transformers": Transformers(),  # first: the others are checked by it, in fp32
     "t2i": T2I(),
@@ -333,6 +408,8 @@ ENGINES = {
     "openvino-genai": OpenVino(),
     "ctranslate2": CTranslate2(),
 }
+# They draw pictures: other tokens than those of greedy decoding.
+PICTURES = {"t2i, guided": Pictures(), "transformers, guided": GuidedTransformers()}
 
 
 def difference(run: Callable[[int], Any], tokens: Callable[[Any], list[list[int]]]) -> Generate:
@@ -416,7 +493,7 @@ def serve(name: str, folder: Path, precision: str, batch: int, threads: int) -> 
     def say(**answer: Any) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
-    engine = ENGINES[name]
+    engine = (ENGINES | PICTURES)[name]
     generate = engine.load(folder, precision, batch, threads)
     versions = {package: importlib.metadata.version(package) for package in engine.packages}
     say(bytes=engine.bytes, versions=versions)
@@ -427,6 +504,6 @@ def serve(name: str, folder: Path, precision: str, batch: int, threads: int) -> 
 if __name__ == "__main__":
     command, name, folder, *rest = sys.argv[1:]
     if command == "convert":
-        ENGINES[name].convert(Path(folder), *rest)
+        (ENGINES | PICTURES)[name].convert(Path(folder), *rest)
     else:
         serve(name, Path(folder), rest[0], int(rest[1]), int(rest[2]))

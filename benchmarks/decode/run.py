@@ -25,8 +25,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
-from engines import ENGINES  # noqa: E402
-from shapes import PROMPT, TOKENS, make_model  # noqa: E402
+from engines import ENGINES, PICTURES  # noqa: E402
+from shapes import SHAPES, make_model  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/decode.json"
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -47,15 +47,18 @@ PACKAGES = {
 def main() -> None:
     options = arguments()
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": []}
-    pythons = {name: environment(name) for name in ENGINES}
+    pythons = {name: environment(name) for name in ENGINES | PICTURES}
     for shape in options.shapes:
         folder = ROOT / "data/decode" / shape
         make_model(shape, folder)
         for threads in options.threads:
             for batch in options.batches:
                 for precision in PRECISIONS:
+                    if SHAPES[shape].ours and batch != 2:
+                        continue  # a picture and its unconditional half
                     case = {"shape": shape, "threads": threads, "batch": batch,
-                            "precision": precision, "tokens": TOKENS, "prompt": PROMPT}  # fmt: skip
+                            "precision": precision, "tokens": SHAPES[shape].tokens,
+                            "prompt": SHAPES[shape].prompt}  # fmt: skip
                     if any(run["case"] == case for run in record["runs"]) and not options.again:
                         continue
                     record["runs"] = [run for run in record["runs"] if run["case"] != case]
@@ -65,7 +68,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["135m", "1b"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
     parser.add_argument("--rounds", type=int, default=5)
@@ -94,8 +97,9 @@ def environment(name: str) -> str | None:
     for package in PACKAGES[name]:  # torch first: the others take the one that is there
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run(
-                [python, "-m", "pip", "install", package], stdout=log, stderr=log, env=variables
-            )
+                [python, "-m", "pip", "install", "--no-cache-dir", package],
+                stdout=log, stderr=log, env=variables,
+            )  # fmt: skip
         if done.returncode:
             (folder / "failed").touch()
             return None
@@ -162,7 +166,8 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
     workers: dict[str, Worker] = {}
     needed: list[int] = []  # bytes of memory
     expected = None
-    for name, engine in ENGINES.items():
+    tokens = case["tokens"]
+    for name, engine in (ENGINES | (PICTURES if SHAPES[case["shape"]].ours else {})).items():
         if case["precision"] not in engine.precisions:
             continue
         if pythons[name] is None:
@@ -176,10 +181,12 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             continue
         if expected is None:  # of transformers in fp32, else of us
             expected = first["tokens"]
-        same = sum(a == b for x, y in zip(first["tokens"], expected, strict=True)
-                   for a, b in zip(x, y, strict=True))  # fmt: skip
+        same = sum(a == b for x, y in zip(first["tokens"], expected, strict=name not in PICTURES)
+                   for a, b in zip(x, y, strict=name not in PICTURES))  # fmt: skip
         same /= CHECKED * case["batch"]
-        if case["precision"] == "fp32" and same < 1:
+        if name in PICTURES:
+            same = None
+        elif case["precision"] == "fp32" and same < 1:
             assert name != "t2i", f"{1 - same:.0%} of the tokens are not those of transformers"
             rows[name] = {"skipped": f"{1 - same:.0%} of its tokens are not those of transformers"}
             worker.stop()
@@ -203,14 +210,14 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             if not together:
                 worker.start()
                 worker.run(CHECKED)  # memory is touched, threads are there
-            result = worker.run(TOKENS)
+            result = worker.run(tokens)
             if not together:
                 worker.stop()
             rows[name]["prefill"].append(result["prefill"])
             rows[name]["decode"].append(result["decode"])
     for worker in workers.values():
         worker.stop()
-    steps = TOKENS - 1
+    steps = tokens - 1
     for row in rows.values():
         if "decode" in row:
             median = statistics.median(row["decode"])
@@ -223,7 +230,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             f"  {name:18s}",
             row.get("skipped")
             or f"{row['tokens_per_second']:8.1f} tokens/s "
-            f"{row['same_tokens']:.0%} the same tokens, {row['spread']:.0%} spread",
+            f"{row['same_tokens'] or 0:.0%} the same tokens, {row['spread']:.0%} spread",
             flush=True,
         )
     return {"case": case, "bandwidth": limit, "rows": rows, "machine": platform.processor(),

@@ -29,6 +29,8 @@ SHOWN = 8  # prompts a split in the picture
 
 # One picture for each caption, from the seed beside it.
 Generate = Callable[[Sequence[str], Sequence[int]], Sequence[Image.Image]]
+# Nats a token for the codes int64 [N, h, w] of pictures with these captions: [N].
+Loss = Callable[[Sequence[str], Tensor], Tensor]
 
 
 def evaluate_model(
@@ -39,6 +41,7 @@ def evaluate_model(
     *,
     prompts: int = 300,
     seed: int = 0,
+    loss: Loss | None = None,
     settings: dict[str, Any] | None = None,
     features: Features | None = None,
     progress: bool = True,
@@ -64,6 +67,8 @@ def evaluate_model(
         out: folder to write.
         prompts: captions a split, picked by a hash; fewer where it has fewer.
         seed: of the first picture; the next has the next one.
+        loss: the model's, of real pictures; adds ``perplexity``, the exponential of its mean over
+            those that are chosen.
         settings: what else ``generate`` depends on: options, a checksum of the weights. JSON.
         features: those to judge by; by default the ones of the packages.
 
@@ -120,6 +125,9 @@ def evaluate_model(
             "real": (data.images[rows], real[rows]),
         }
         scores[split] = {"prompts": len(rows)}
+        if loss is not None:
+            captions = [data.pairs[row]["caption"] for row in rows]
+            scores[split]["perplexity"] = loss(captions, codes[rows]).mean().exp().item()
         for kind, (images, found) in kinds.items():
             kid, kid_std = kernel_distance(found, real[others])
             own = torch.from_numpy(place[rows]) if kind == "real" else None
@@ -179,8 +187,12 @@ def summary(result: dict[str, Any]) -> str:
                 f"| {split} | {kind} | {row['top1']:.1%} | {row['top10']:.1%} | "
                 f"{row['fd_efflite0']:.1f} | {row['kid']:.4f} | {row['near_copies']:.1%} |"
             )
+    perplexity = {k: v["perplexity"] for k, v in result["splits"].items() if "perplexity" in v}
     chance = result["ridge_alignment"]["chance"]
     lines.append(f"| | chance | {chance['top1']:.1%} | {chance['top10']:.1%} | | | |")
+    if perplexity:
+        each = ", ".join(f"{split} {value:.2f}" for split, value in perplexity.items())
+        lines += ["", f"Perplexity of the tokens of real pictures: {each}."]
     lines += [
         "",
         "Found: ridge alignment. All but PSNR and SSIM is judged by features of EfficientNet-Lite0,"

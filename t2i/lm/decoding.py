@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from t2i_kernels import explain
+from t2i_kernels import KVCache, explain
 from t2i_kernels.decode_step import LayerWeights, NormWeights, PackedDecoder, decode_step
 
 from .model import TransformerLM
@@ -25,20 +25,35 @@ class Decoder(Protocol):
 
     def read(self, tokens: Tensor | None, prefix: Tensor | None = None, last: int = 1) -> Tensor:
         """Logits of image codes fp32 [rows, last, codes] behind each of the last tokens of int64
-        [rows, n], which continue what was read. ``prefix``: as in ``TransformerLM.forward``."""
+        [rows, n], which continue what was read. ``prefix``: as in ``TransformerLM.forward``. Fewer
+        rows than there are: the first ones."""
+
+    def read_codes(self, codes: Tensor) -> Tensor:
+        """``read`` for int64 [rows, n] codes of images: logits behind each of them."""
 
     def forget(self, counts: Tensor) -> None:
         """Go back by int32 [rows] tokens of each row."""
 
+    def copy_last(self, count: int) -> None:
+        """Make the last ``count`` rows those that were read by the row in front of them."""
+
     def keep(self, rows: int) -> None:
         """Go on with the first rows alone."""
 
+    def with_weights(self, weight_type: str) -> Decoder:
+        """What reads into the same cache, until ``keep``, with weights of another type."""
+
 
 def make_decoder(
-    lm: TransformerLM, rows: int, length: int, start: Tensor | None, weights: str | None
+    lm: TransformerLM,
+    rows: int,
+    length: int,
+    start: Tensor | None,
+    weights: str | None,
+    cache_type: torch.dtype | None = None,
 ) -> Decoder:
     """A decoder for ``rows`` sequences of up to ``length`` tokens, of which the first ``start``
-    int32 [rows] are padding. ``weights``: see ``sampling.sample_codes``."""
+    int32 [rows] are padding. ``weights``, ``cache_type``: see ``sampling.sample_codes``."""
     weight = lm.output.weight
     fused = weight.device.type == "cpu" and weight.dtype != torch.float64
     if weights is not None and not fused:
@@ -47,18 +62,34 @@ def make_decoder(
             f"this one is {weight.dtype} on {weight.device}"
         )
     if weights is None and (not fused or explain("decode_step").chosen != "cpu"):
-        return ModuleDecoder(lm, rows, length, start)
+        if cache_type not in (None, torch.int8, weight.dtype):
+            raise ValueError(
+                f"cache: modules keep keys and values in {weight.dtype}, the model's, or in int8; "
+                f"{cache_type} needs decode_step"
+            )
+        return ModuleDecoder(lm, rows, length, start, cache_type)
     if weights is None:
         weights = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
-    return PackedModel(lm, packed(lm, weights), rows, length, start)
+    decoder = packed(lm, weights)
+    cache_type = cache_type or torch.float32
+    return PackedModel(
+        lm, decoder, decoder.allocate_cache(rows, length, start=start, dtype=cache_type)
+    )
 
 
 class ModuleDecoder:
     path = "modules"
 
-    def __init__(self, lm: TransformerLM, rows: int, length: int, start: Tensor | None):
+    def __init__(
+        self,
+        lm: TransformerLM,
+        rows: int,
+        length: int,
+        start: Tensor | None,
+        cache_type: torch.dtype | None = None,
+    ):
         self.lm = lm
-        self.cache = lm.allocate_cache(rows, length, start=start)
+        self.cache = lm.allocate_cache(rows, length, start=start, dtype=cache_type)
         config, weight = lm.config, lm.output.weight
         q = weight.new_empty(rows, 1, config.num_heads, config.head_dim)
         kv = weight.new_empty(rows, 1, config.num_kv_heads, config.head_dim)
@@ -66,70 +97,105 @@ class ModuleDecoder:
         numbers = sum(p.numel() for p in lm.layers.parameters())
         numbers += config.image_vocab_size * config.dim
         self.weight_bytes = numbers * weight.element_size()
-        self.slot_bytes = len(self.cache) * _slot_bytes(self.cache[0].k)
+        self.slot_bytes = len(self.cache) * _slot_bytes(self.cache[0])
 
     def read(self, tokens: Tensor | None, prefix: Tensor | None = None, last: int = 1) -> Tensor:
-        features = self.lm.features(tokens, prefix=prefix, cache=self.cache)
+        rows = len(tokens if prefix is None else prefix)
+        features = self.lm.features(tokens, prefix=prefix, cache=self._first(rows))
         return self.lm.head(features[:, -last:], self.lm.config.image_tokens)
+
+    def read_codes(self, codes: Tensor) -> Tensor:
+        return self.read(codes + self.lm.config.text_vocab_size, last=codes.shape[1])
 
     def forget(self, counts: Tensor) -> None:
         self.cache[0].seqlens -= counts
 
+    def copy_last(self, count: int) -> None:
+        for layer in self.cache:
+            _copy_last(layer, count)
+
     def keep(self, rows: int) -> None:
-        self.cache = [layer.first(rows) for layer in self.cache]
-        for layer in self.cache[1:]:  # one length for all layers, as allocate_cache has it
-            layer.seqlens, layer.start = self.cache[0].seqlens, self.cache[0].start
+        self.cache = self._first(rows)
+
+    def _first(self, rows: int) -> list[KVCache]:
+        if rows == len(self.cache[0].seqlens):
+            return self.cache
+        cache = [layer.first(rows) for layer in self.cache]
+        for layer in cache[1:]:  # one length for all layers, as allocate_cache has it
+            layer.seqlens, layer.start = cache[0].seqlens, cache[0].start
+        return cache
+
+    def with_weights(self, weight_type: str) -> Decoder:
+        raise ValueError(f"draft={weight_type!r}: packed weights need decode_step, not modules")
 
 
 class PackedModel:
-    def __init__(
-        self,
-        lm: TransformerLM,
-        decoder: PackedDecoder,
-        rows: int,
-        length: int,
-        start: Tensor | None,
-    ):
-        self.lm, self.decoder = lm, decoder
-        self.cache = decoder.allocate_cache(rows, length, start=start)
+    def __init__(self, lm: TransformerLM, decoder: PackedDecoder, cache: KVCache):
+        self.lm, self.decoder, self.cache = lm, decoder, cache
         self.path = f"decode_step, {decoder.weight_type} weights"
         self.backend = explain("decode_step").chosen or ""
         self.weight_bytes = decoder.weights.numel()
-        self.slot_bytes = decoder.layers * _slot_bytes(self.cache.k)
+        self.slot_bytes = decoder.layers * _slot_bytes(cache)
 
     def read(self, tokens: Tensor | None, prefix: Tensor | None = None, last: int = 1) -> Tensor:
         x = self.lm.embed(tokens, prefix, continues=prefix is None)
-        return decode_step(x.float(), self.decoder, self.cache, last=last)
+        return decode_step(x.float(), self.decoder, self.cache.first(len(x)), last=last)
+
+    def read_codes(self, codes: Tensor) -> Tensor:
+        return self.read(codes + self.lm.config.text_vocab_size, last=codes.shape[1])
 
     def forget(self, counts: Tensor) -> None:
         self.cache.seqlens -= counts
 
+    def copy_last(self, count: int) -> None:
+        _copy_last(self.cache, count)
+
     def keep(self, rows: int) -> None:
         self.cache = self.cache.first(rows)
 
+    def with_weights(self, weight_type: str) -> PackedModel:
+        return PackedModel(self.lm, packed(self.lm, weight_type), self.cache)
 
-def _slot_bytes(keys: Tensor) -> int:
-    """Of one layer's keys and values [..., Hkv, D] in one slot."""
-    return 2 * keys.shape[-2] * keys.shape[-1] * keys.element_size()
+
+def _copy_last(cache: KVCache, count: int) -> None:
+    """See ``Decoder.copy_last``; rows are the dimension in front of [slots, heads, head_dim]."""
+    first = len(cache.seqlens) - count
+    used = int(cache.seqlens[first - 1])
+    for buffer, dim in ((cache.k, -4), (cache.v, -4), (cache.k_scale, -3), (cache.v_scale, -3)):
+        if buffer is not None:
+            rows = buffer.narrow(dim + 1, 0, used)
+            rows.narrow(dim, first, count).copy_(rows.narrow(dim, first - 1, 1))
+    cache.seqlens[first:] = used
+
+
+def _slot_bytes(cache: KVCache) -> int:
+    """Of one layer's keys and values in one slot, with their scales."""
+    scale = 4 if cache.k_scale is not None else 0
+    heads, head_dim = cache.k.shape[-2:]
+    return 2 * heads * (head_dim * cache.k.element_size() + scale)
 
 
 # ---- Packing -------------------------------------------------------------------------------------
 
-_packed: WeakKeyDictionary[TransformerLM, tuple[tuple, PackedDecoder]] = WeakKeyDictionary()
+# What was packed of a model, by type, and the state of its weights then.
+_packed: WeakKeyDictionary[TransformerLM, tuple[tuple, dict[str, PackedDecoder]]]
+_packed = WeakKeyDictionary()
+KEPT = 2  # types, one to draw and one to guess: more are not held in memory
 
 
 def packed(lm: TransformerLM, weight_type: str) -> PackedDecoder:
-    """The weights of ``lm`` packed, to score image tokens. The last ones are kept as long as the
-    model is, and made again when its weights have changed, as far as torch counts that: not what is
-    written through ``.data``, or to inference tensors."""
-    state = (
-        weight_type,
-        *((p.data_ptr(), None if p.is_inference() else p._version) for p in lm.parameters()),
-    )
+    """The weights of ``lm`` packed, to score image tokens. The last two types are kept as long as
+    the model is, and made again when its weights have changed, as far as torch counts that: not
+    what is written through ``.data``, or to inference tensors."""
+    state = tuple((p.data_ptr(), None if p.is_inference() else p._version) for p in lm.parameters())
     if lm not in _packed or _packed[lm][0] != state:
-        _packed.pop(lm, None)  # not both at once
-        _packed[lm] = state, pack(lm, weight_type)
-    return _packed[lm][1]
+        _packed[lm] = state, {}
+    kept = _packed[lm][1]
+    found = kept.pop(weight_type, None)
+    while found is None and len(kept) >= KEPT:
+        del kept[next(iter(kept))]  # used least recently
+    kept[weight_type] = found or pack(lm, weight_type)
+    return kept[weight_type]
 
 
 @torch.no_grad()

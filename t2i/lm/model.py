@@ -152,13 +152,19 @@ class TransformerLM(nn.Module):
         return _wide(F.linear(features, weight))
 
     def allocate_cache(
-        self, batch: int, max_seqlen: int, *, start: Tensor | None = None
+        self,
+        batch: int,
+        max_seqlen: int,
+        *,
+        start: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> list[KVCache]:
         """An empty cache for ``batch`` rows of up to ``max_seqlen`` tokens, one KVCache a layer.
 
         ``start`` int32 [batch] counts the slots of left padding in front of each row: never
         attended to, and a row's position 0 is its first slot behind them. The layers share their
-        ``seqlens`` and ``start``: lower ``cache[0].seqlens`` in place to forget tokens.
+        ``seqlens`` and ``start``: lower ``cache[0].seqlens`` in place to forget tokens. ``dtype``:
+        by default the model's.
         """
         config, weight = self.config, self.output.weight
         cache = [
@@ -167,7 +173,7 @@ class TransformerLM(nn.Module):
                 max_seqlen,
                 config.num_kv_heads,
                 config.head_dim,
-                dtype=weight.dtype,
+                dtype=dtype or weight.dtype,
                 device=weight.device,
             )
             for _ in self.layers

@@ -99,8 +99,8 @@ DECODE = {
     "pairs always interleaved": (decode, "if interleaved:", "if True:"),
     "query not rotated": (
         decode,
-        "q, k_new = (_rotate(x, cos, sin, rotary_interleaved) for x in (q, k_new))",
-        "k_new = _rotate(k_new, cos, sin, rotary_interleaved)",
+        "q, k_new = (rotate(x, cos, sin, rotary_interleaved) for x in (q, k_new))",
+        "k_new = rotate(k_new, cos, sin, rotary_interleaved)",
     ),
     "last channels rotated": (decode, "[turned.to(x.dtype), rest]", "[rest, turned.to(x.dtype)]"),
     "int8 truncated": (decode, ".round(), scale", ".trunc(), scale"),

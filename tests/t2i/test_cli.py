@@ -67,8 +67,9 @@ def test_from_pictures_to_a_picture(t2i, pictures, tmp_path, monkeypatch):
     assert "6 pictures" in output and "tokens/s" in output
     if native.reason() is None:
         assert "decode_step, fp32 weights, cpu attention" in output and "% of " in output
-        more = ("--speculate", 2, "--weights", "bf16", "-o", "b.png")
-        assert "decode_step, bf16 weights" in works("sample", "blue", *options, *more)
+        more = ("--speculate", 2, "--draft", "int4", "--weights", "bf16", "--cache", "int8")
+        output = works("sample", "blue", *options, *more, "-o", "b.png")
+        assert "decode_step, bf16 weights" in output and " drafts" in output
     assert Image.open(tmp_path / "a.png").width > 3 * 2 * 16
     # -o without .png is a folder.
     works("sample", "red square 1, full style", "-n", 2, *options, "--scale", 1, "-o", "some")
@@ -131,6 +132,8 @@ def test_eval_draws_as_it_says(t2i, model, tmp_path, monkeypatch):
     )
     assert [p.tobytes() for p in pictures] == [p.tobytes() for p in expected]
     assert (str(dataset), out, given["prompts"], given["seed"]) == ("d", tmp_path, 7, 5)
+    codes = torch.zeros(1, 4, 4, dtype=torch.int64)
+    assert given["loss"](["blue"], codes).shape == (1,)
     assert given["settings"]["cfg"] == 2.0 and len(given["settings"]["weights_sha256"]) == 2
 
 

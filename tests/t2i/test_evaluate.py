@@ -233,6 +233,21 @@ def test_a_perfect_and_a_wrong_generator(dataset, tmp_path):
     assert table.count("\n") == 20 and "| unseen_pairs | reconstructions |" in table
 
 
+def test_perplexity_is_that_of_the_tokens_of_chosen_pictures(dataset, tmp_path):
+    data, seen = ImageTextDataset(dataset), []
+
+    def loss(captions, codes):
+        seen.extend(captions)
+        places = [[p["caption"] for p in data.pairs].index(caption) for caption in captions]
+        pixels = torch.from_numpy(data.images[places]).permute(0, 3, 1, 2) / 127.5 - 1
+        assert torch.equal(codes, Rounding().encode(pixels))
+        return torch.tensor([1.0, 3.0])
+
+    result = run(Generator(dataset), dataset, tmp_path, prompts=2, loss=loss)
+    assert [row["perplexity"] for row in result["splits"].values()] == [pytest.approx(np.e**2)] * 3
+    assert len(seen) == 2 * 3 and "real pictures: train 7.39, unseen_pairs 7.39" in summary(result)
+
+
 def test_samples_are_kept_while_nothing_changes(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("t2i.evaluate.evaluate.CHUNK", 4)
     generator = Generator(dataset)

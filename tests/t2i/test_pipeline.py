@@ -59,6 +59,16 @@ def test_a_picture_depends_on_its_seed_whatever_is_drawn_beside_it(model):
     assert all(same(a, b) for a, b in zip(images, in_twos, strict=True))
 
 
+def test_the_loss_does_not_depend_on_the_batch(model):
+    codes = torch.arange(3 * 16).view(3, 4, 4) % model.tokenizer.num_codes
+    prompts = ["red apple", "blue", "tiny shark house"]
+    losses = model.loss(prompts, codes, batch_size=2)
+    assert losses.shape == (3,)
+    assert torch.allclose(model.loss(prompts[2], codes[2:]), losses[2:], atol=1e-5)
+    with pytest.raises(ValueError, match="2 pictures for 3 prompts"):
+        model.loss(prompts, codes[:2])
+
+
 def test_one_seed_a_prompt(model):
     prompts = ["blue house", "tiny shark"]
     images = model.sample(prompts, seed=[5, 9])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from t2i import sampling
 from t2i.lm import LM_CONFIGS, LMConfig, TransformerLM, decoding
-from t2i.sampling import Statistics, sample_codes
-from t2i_kernels import native
+from t2i.sampler import Sampler
+from t2i.sampling import Statistics, sample_codes, score_codes
+from t2i.speculation import MOST, Pace
+from t2i_kernels import native, use_backend
 from t2i_kernels.draw import gumbel_noise, keep_likely
 
 TINY = LMConfig(
@@ -222,7 +225,7 @@ def test_a_schedule_of_guidance(lm):
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_the_unconditional_half_ends_with_guidance(lm, reads, backend):
     early = draw(lm, cfg=[3.0] * 5 + [1.0] * 7, backend=backend)
-    assert [shape[0] for shape in reads] == [6] * 5 + [3] * 7
+    assert [shape[0] for shape in reads] == [4] + [6] * 4 + [3] * 7
     # As if it had gone on: a scale of 1 + 2⁻⁵⁰ counts as guidance, and is 1 in fp32.
     late = draw(lm, cfg=[3.0] * 5 + [1.0] * 6 + [1 + 2.0**-50], backend=backend)
     assert torch.equal(early, late)
@@ -232,14 +235,31 @@ def test_the_unconditional_half_ends_with_guidance(lm, reads, backend):
 def test_the_unconditional_half_is_dropped_without_guidance(lm, reads, backend):
     draw(lm, cfg=3.0, backend=backend)
     draw(lm, cfg=1.0, unconditional=None, backend=backend)
-    # The prompts, then 11 of 12 tokens: the last is not read.
-    assert [shape[0] for shape in reads] == [6] * 12 + [3] * 12
+    # The prompts, of which the unconditional one is read once, then 11 of 12 tokens: the last is
+    # not read.
+    assert [shape[0] for shape in reads] == [4] + [6] * 11 + [3] * 12
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_only_image_rows_of_the_head_are_computed(lm, reads, backend):
     draw(lm, backend=backend)
-    assert reads == [(6, 1, 30)] * 12
+    assert reads == [(4, 1, 30)] + [(6, 1, 30)] * 11
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_loss_of_given_images(lm, backend):
+    torch.manual_seed(0)
+    codes = torch.randint(30, (3, 3, 4))
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        losses = score_codes(lm, PROMPTS, codes)
+    for prompt, row, loss in zip(PROMPTS, codes.flatten(1), losses, strict=True):
+        tokens = torch.tensor([*prompt, *(row + TINY.text_vocab_size).tolist()])
+        with torch.no_grad():
+            logits = lm(tokens[None, :-1])[0, len(prompt) - 1 :, TINY.text_vocab_size :]
+        assert loss.item() == pytest.approx(F.cross_entropy(logits, row).item(), rel=1e-5)
+    if backend is None and native.reason() is None:
+        coarse = score_codes(lm, PROMPTS, codes, weights="int4")
+        assert 0 < (coarse - losses).abs().max() < 1
 
 
 # --- the fused path
@@ -333,14 +353,25 @@ def test_packed_weights_are_for_the_cpu_and_for_known_types(lm):
 
 
 @fused
-@pytest.mark.parametrize("options", [*OPTIONS, {"weights": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, {"weights": "int8"}, {"weights": "bf16", "cache": "int8"}], ids=str
+)
+@pytest.mark.parametrize("draft", ["jacobi", "int8", "int4"])
 @pytest.mark.parametrize("ahead", [1, 2, 5, 30])
-def test_guesses_change_no_token(lm, options, ahead):
-    assert torch.equal(draw(lm, speculate=ahead, **options), draw(lm, **options))
+def test_guesses_change_no_token(lm, options, draft, ahead):
+    guessed = draw(lm, speculate=ahead, draft=draft, **options)
+    assert torch.equal(guessed, draw(lm, speculate=0, **options))
+
+
+def test_jacobi_works_on_modules(lm):
+    options = dict(backend="reference")
+    assert torch.equal(draw(lm, speculate=3, **options), draw(lm, **options))
+    with pytest.raises(ValueError, match="draft='int8': packed weights need decode_step"):
+        draw(lm, speculate=3, draft="int8", **options)
 
 
 @fused
-def test_guesses_that_are_right_save_passes():
+def test_right_guesses_of_jacobi_save_passes():
     """A model that repeats itself is drawn in few passes; one image at a time in fewer."""
     torch.manual_seed(0)
     lm = TransformerLM(TINY)
@@ -350,9 +381,46 @@ def test_guesses_that_are_right_save_passes():
         lm.output.weight.copy_(lm.tok_embeddings.weight * 20)  # the same code again
     options = dict(grid=(3, 4), cfg=1.0, temperature=0)
     plain = sample_codes(lm, PROMPTS, seeds=[1, 2, 3], **options)
-    guessed = sample_codes(lm, PROMPTS, seeds=[1, 2, 3], speculate=3, **options)
+    guessed = sample_codes(lm, PROMPTS, seeds=[1, 2, 3], speculate=3, draft="jacobi", **options)
     assert torch.equal(plain.codes, guessed.codes)
     assert plain.statistics.passes == 11 and guessed.statistics.passes == 3
+
+
+@fused
+def test_the_same_weights_guess_everything_right(lm):
+    options = dict(grid=(3, 4), unconditional=UNCOND, cfg=3.0, weights="int8", draft="int8")
+    numbers = sample_codes(lm, PROMPTS, seeds=[1, 2, 3], speculate=3, **options).statistics
+    assert (numbers.passes, numbers.drafts) == (3, 3 + 3 + 2)
+
+
+@fused
+def test_pictures_of_256_tokens_are_guessed_ahead_by_default():
+    torch.manual_seed(0)
+    lm = TransformerLM(TINY.replace(max_positions=300))
+    options = dict(grid=(16, 16), seeds=[1, 2], unconditional=UNCOND, cfg=2.0)
+    numbers = {}
+    for ahead in (None, 0):
+        codes, numbers[ahead] = sample_codes(lm, PROMPTS[:2], speculate=ahead, **options)
+        numbers[ahead, "codes"] = codes
+    assert torch.equal(numbers[None, "codes"], numbers[0, "codes"])
+    assert numbers[None].drafts > 0 and numbers[0].drafts == 0
+    assert sample_codes(lm, PROMPTS[:2], weights="int8", **options).statistics.drafts == 0
+
+
+@pytest.mark.parametrize("draft, row, p, expected", [
+    (1.0, 0.0, 0.9, 0),  # guesses that take as long as the pass itself
+    (0.6, 0.0, 0.5, 0),  # or are right too seldom
+    (0.1, 1.0, 0.9, 0),  # or are read no faster than one by one
+    (0.01, 0.0, 0.98, MOST),
+    (0.25, 0.01, 0.8, 3),  # 2.95 tokens in 1.78 of the time of a pass; 4: 3.36 in 2.04
+])  # fmt: skip
+def test_as_many_guesses_as_pay(draft, row, p, expected):
+    pace = Pace()
+    for _ in range(60):
+        n = pace.guesses()
+        right = sum(p**i for i in range(1, n + 1))  # on average
+        pace.record(n, n * draft, 1 + n * row, right, 1 - p**n)
+    assert pace.guesses() == expected
 
 
 @fused
@@ -367,9 +435,29 @@ def test_guesses_change_no_token_of_models_with_a_prefix():
     assert torch.equal(draw(lm, features, speculate=3, **options), draw(lm, features, **options))
 
 
-def test_speculate_is_checked(lm):
+def test_options_of_decoding_are_checked(lm):
     with pytest.raises(ValueError, match="speculate=-1: expected at least 0"):
         draw(lm, speculate=-1)
+    with pytest.raises(ValueError, match="draft='fp8': expected one of fp32, bf16, int8"):
+        draw(lm, speculate=1, draft="fp8")
+    with pytest.raises(ValueError, match="cache='fp8': expected one of fp32, bf16, fp16, int8"):
+        draw(lm, cache="fp8")
+
+
+@pytest.mark.parametrize("cache, backend", [
+    pytest.param("bf16", None, marks=fused), pytest.param("fp16", None, marks=fused),
+    ("int8", None), ("int8", "reference"),
+])  # fmt: skip
+def test_smaller_caches_draw_nearly_the_same(lm, cache, backend):
+    small, plain = draw(lm, cache=cache, backend=backend), draw(lm, backend=backend)
+    assert (small == plain).float().mean() > 0.5
+    alone = draw(lm, PROMPTS[1:2], [2], cache=cache, backend=backend)
+    assert torch.equal(alone[0], small[1])
+
+
+def test_modules_keep_the_models_type_or_int8(lm):
+    with pytest.raises(ValueError, match="cache: modules keep keys and values in torch.float32"):
+        draw(lm, cache="bf16", backend="reference")
 
 
 @pytest.mark.parametrize("kind", ["class", "caption"])
@@ -422,8 +510,8 @@ def test_statistics_and_progress(lm):
 def test_a_step_is_one_graph(lm, monkeypatch):
     """Nothing in it waits for the device or branches on its numbers: compiling it is one line."""
     expected = draw(lm, top_k=9, top_p=0.9)
-    step = torch.compile(sampling.decode_one_token, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(sampling, "decode_one_token", step)
+    step = torch.compile(Sampler.next, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(Sampler, "next", step)
     assert torch.equal(draw(lm, top_k=9, top_p=0.9, backend="reference"), expected)
 
 

@@ -35,7 +35,7 @@ def decode_attention(
         # A padded slot has no position; whatever it gets is masked.
         positions = (slots - first).clamp_min(0)
         cos, sin = rotary_cos[positions], rotary_sin[positions]
-        q, k_new = (_rotate(x, cos, sin, rotary_interleaved) for x in (q, k_new))
+        q, k_new = (rotate(x, cos, sin, rotary_interleaved) for x in (q, k_new))
 
     row = torch.arange(batch, device=q.device)[:, None]
     for cache, scales, new in ((k_cache, k_scale, k_new), (v_cache, v_scale, v_new)):
@@ -61,7 +61,7 @@ def decode_attention(
     return unstack_queries(out, heads).to(q.dtype).contiguous()
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Turn pairs of channels of x [B, n, H, D] by the angles cos, sin [B, n, R/2] (RoFormer,
     arXiv 2104.09864); channels from R on stay. Pairs are (2i, 2i + 1) or (i, i + R/2)."""
     cos, sin = cos[:, :, None], sin[:, :, None]  # fp32: so are the products, or fp64

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decode_attention.reference import decode_attention
+from ..decode_attention.reference import decode_attention, rotate
 from ..linear.packed import PANEL, packed_bytes
 from ..linear.reference import linear
 
@@ -93,7 +93,5 @@ class _Reader:
 
 
 def _rotate_at(x, cos, sin, seqlens, interleaved) -> Tensor:
-    from ..decode_attention.reference import _rotate
-
     positions = seqlens.long()[:, None] + torch.arange(x.shape[1])
-    return _rotate(x, cos[positions], sin[positions], interleaved)
+    return rotate(x, cos[positions], sin[positions], interleaved)

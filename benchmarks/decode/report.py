@@ -1,0 +1,178 @@
+"""results/decode.json -> results/decode.md with its plot: python benchmarks/decode/report.py"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+from shapes import SHAPES  # noqa: E402
+
+RESULTS = HERE.parent / "results"
+ABOUT = """# Decoding
+
+Made by `make bench-decode`. Every engine decodes 256 tokens behind a prompt of 64, greedily, with
+the whole head, from the same random weights. In fp32 an engine takes part whose first tokens are
+those of transformers; in the other precisions, whose rounding differs, the share of tokens that
+are ours is in the list of all engines. int8 and int4 are each engine's own format of about as many
+bits.
+
+Engines take turns; numbers are medians, "spread" is the range over the median. A ratio above 1 is
+how many times as many tokens a second we decode as the best engine; **bold** is where an engine
+wins. The share of the bandwidth counts the weights and the cache that a step reads, of what the
+same threads read of as many bytes in the same run. Where memory is short, engines are started for
+each of their turns.
+"""
+PICTURES = """Seconds for one picture with guidance, its prompt included. Ours are all of sampling:
+guidance, noise and draw behind every step. transformers draws with guidance, too, in `generate`.
+The other engines only decode two rows greedily, which is less than a picture takes. "Outside": the
+share of our time beyond that of reading weights and cache at the measured bandwidth.
+"""
+# Times the best engine, and share of the bandwidth, at batch 1.
+GOALS = {
+    ("135m", "fp32"): (1.5, 0.85), ("135m", "bf16"): (1.8, 0.8),
+    ("135m", "int8"): (2.0, 0.7), ("135m", "int4"): (1.8, 0.55),
+    ("1b", "fp32"): (1.3, 0.9), ("1b", "bf16"): (1.3, 0.9),
+    ("1b", "int8"): (1.3, 0.85), ("1b", "int4"): (1.3, 0.75),
+}  # fmt: skip
+
+
+def main() -> None:
+    runs = json.loads((RESULTS / "decode.json").read_text())["runs"]
+    pictures = [run for run in runs if SHAPES[run["case"]["shape"]].ours]
+    runs = [run for run in runs if run not in pictures]
+    parts = [ABOUT, f"![roofline]({roofline(runs)})\n"]
+    rows = [row for run in runs + pictures for row in run["rows"].values() if "versions" in row]
+    parts += [", ".join(sorted({f"{p} {v}" for r in rows for p, v in r["versions"].items()}))]
+    for shape in dict.fromkeys(run["case"]["shape"] for run in runs):
+        for threads in dict.fromkeys(run["case"]["threads"] for run in runs):
+            here = [
+                r for r in runs if (r["case"]["shape"], r["case"]["threads"]) == (shape, threads)
+            ]
+            if here:
+                parts += [f"\n## {shape}, {threads} thread{'s' * (threads > 1)}\n", *tables(here)]
+    if pictures:
+        parts += ["\n## Whole pictures\n", PICTURES, *picture_table(pictures)]
+    (RESULTS / "decode.md").write_text("\n".join(parts) + "\n")
+    print(RESULTS / "decode.md")
+
+
+def limit(run: dict[str, Any]) -> float:
+    """Tokens a second, if a step took the time of reading our weights and cache."""
+    case, batch = run["case"], run["case"]["batch"]
+    shape = SHAPES[case["shape"]].config
+    slot = 2 * 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    step = run["rows"]["t2i"]["bytes"] + batch * slot * (case["prompt"] + case["tokens"] / 2)
+    return batch * run["bandwidth"] / step
+
+
+def engines(run: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: row["tokens_per_second"]
+        for name, row in run["rows"].items()
+        if name != "t2i" and "decode" in row
+    }
+
+
+def tables(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| weights | batch | best engine takes | tokens/s | of bandwidth | best engine | asked |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    details = ["\n<details><summary>all engines</summary>\n"]
+    details += ["| weights | batch | engine | tokens/s | spread | prompt | same tokens |"]
+    details += ["|---|---|---|---|---|---|---|"]
+    for run in runs:
+        case, rows, others = run["case"], run["rows"], engines(run)
+        ours = rows["t2i"]["tokens_per_second"]
+        cells = [case["precision"], case["batch"]]
+        best = max(others, key=others.get, default=None)
+        ratio = ours / others[best] if best else None
+        share = ours / limit(run)
+        cells += [
+            "" if ratio is None else f"{ratio:.2f}×" if ratio >= 1 else f"**{ratio:.2f}×**",
+            f"{ours:.1f}", f"{share:.0%} of {run['bandwidth'] / 1e9:.0f} GB/s",
+            f"{best}, {others[best]:.1f}" if best else "none ran",
+        ]  # fmt: skip
+        goal = GOALS.get((case["shape"], case["precision"])) if case["batch"] == 1 else (1.0, None)
+        cells += [f"{goal[0]}×" + (f", {goal[1]:.0%}" if goal[1] else "")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+        for name, row in rows.items():
+            cells = [case["precision"], case["batch"], name]
+            if "decode" in row:
+                prompt = statistics.median(row["prefill"])
+                cells += [f"{row['tokens_per_second']:.1f}", f"{row['spread']:.0%}",
+                          f"{prompt * 1e3:.0f} ms", f"{row['same_tokens']:.0%}"]  # fmt: skip
+            else:
+                cells += [row["skipped"], "", "", ""]
+            details.append(f"| {' | '.join(map(str, cells))} |")
+    return [*lines, *details, "\n</details>"]
+
+
+def picture_table(runs: list[dict[str, Any]]) -> list[str]:
+    columns = ["model", "tokens", "weights", "transformers takes", "best engine takes", "ours"]
+    columns += ["outside", "all"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for run in runs:
+        case, rows = run["case"], run["rows"]
+        seconds = {
+            name: statistics.median(map(sum, zip(row["prefill"], row["decode"], strict=True)))
+            for name, row in rows.items()
+            if "decode" in row
+        }
+        ours, theirs = seconds["t2i, guided"], seconds.get("transformers, guided")
+        others = {n: s for n, s in seconds.items() if n not in ("t2i", "t2i, guided")}
+        best = min((s for n, s in others.items() if n != "transformers, guided"), default=None)
+        step = case["batch"] / limit(run)
+        outside = 1 - step * (case["tokens"] - 1) / statistics.median(rows["t2i, guided"]["decode"])
+        cells = [
+            f"{case['shape']}, {case['threads']} thr.", case["tokens"], case["precision"],
+            f"{theirs / ours:.1f}×" if theirs else "", f"{best / ours:.2f}×" if best else "",
+            f"{ours:.3g} s", f"{outside:.0%}",
+            ", ".join(f"{n} {s:.3g} s" for n, s in sorted(others.items(), key=lambda x: x[1])),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def roofline(runs: list[dict[str, Any]]) -> str:
+    """What share of the speed of memory every engine reaches, in every case."""
+    points = defaultdict(list)
+    for y, run in enumerate(runs):
+        speeds = {"t2i": run["rows"]["t2i"]["tokens_per_second"], **engines(run)}
+        for name, speed in speeds.items():
+            points[name].append((speed / limit(run), y))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(runs)))
+    for name, places in points.items():
+        style = {"color": "black", "s": 34, "zorder": 3} if name == "t2i" else {"s": 16}
+        axes.scatter(*zip(*places, strict=True), label=name, **style)
+    axes.axvline(1, color="grey", linewidth=1)
+    labels = [
+        f"{c['shape']}, {c['precision']}, batch {c['batch']}, {c['threads']} thr."
+        for c in (run["case"] for run in runs)
+    ]
+    axes.set_yticks(range(len(runs)), labels, fontsize=7)
+    axes.set_ylim(len(runs) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xticks([0.1, 0.2, 0.5, 1], ["10 %", "20 %", "50 %", "100 %"])
+    axes.set_xlabel("tokens a second, of the limit that reading our weights and cache sets")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.4, 1.0))
+    figure.tight_layout()
+    figure.savefig(RESULTS / "decode-roofline.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return "decode-roofline.png"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""From logits to codes: what is drawn of each image, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from t2i_kernels.draw import draw
+
+from .lm.decoding import Decoder
+from .lm.model import TransformerLM
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Options of drawing, and the seeds of N images."""
+
+    seeds: Tensor  # int64 [N]
+    scales: Tensor | None  # guidance scale of each token, fp32 [num_tokens]
+    guided_tokens: int  # up to the last scale that is not 1
+    temperature: float
+    top_k: int
+    top_p: float
+
+    @property
+    def guided(self) -> bool:
+        return self.scales is not None
+
+    def unguided(self) -> Sampler:
+        return replace(self, scales=None, guided_tokens=0)
+
+    def next(self, decoder: Decoder, codes: Tensor, positions: Tensor) -> Tensor:
+        """Read codes of each image [N, n], which continue what was read, and draw what follows each
+        of them: int64 [N, n]. The first one drawn is at ``positions`` int64 [N] of the images."""
+        if self.guided:
+            codes = torch.cat([codes, codes])
+        return self(decoder.read_codes(codes), positions)
+
+    def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Codes int64 [N, T] from logits [N or 2N, T, codes]; the first of the T tokens of each
+        image is at ``positions`` int64 [N]."""
+        guidance = None
+        if self.guided:
+            where = positions[:, None] + torch.arange(logits.shape[1], device=logits.device)
+            guidance = self.scales[where]
+        return draw(
+            logits,
+            self.seeds,
+            positions,
+            guidance=guidance,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
+
+
+def make_sampler(
+    lm: TransformerLM,
+    seeds: Sequence[int],
+    cfg: float | Sequence[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_tokens: int,
+) -> Sampler:
+    """Raises ValueError for an option out of range; see ``sampling.sample_codes``."""
+    if not lm.config.image_vocab_size:
+        raise ValueError("the model has no image tokens: extend_vocabulary adds them")
+    if num_tokens < 1:
+        raise ValueError("grid: expected at least one token")
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature}: expected a number of at least 0")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k}: expected at least 0, which keeps all")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
+    device = lm.output.weight.device
+    scales = [float(cfg)] * num_tokens if isinstance(cfg, Real) else list(map(float, cfg))
+    if len(scales) != num_tokens:
+        raise ValueError(f"cfg: a schedule of {len(scales)} scales for {num_tokens} tokens")
+    if not all(0 <= scale < float("inf") for scale in scales):
+        raise ValueError(f"cfg={cfg}: expected finite numbers of at least 0")
+    guided_tokens = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
+    # Any Python integer is a seed: its lowest 64 bits, as a signed number.
+    signed = [((seed + (1 << 63)) % (1 << 64)) - (1 << 63) for seed in map(int, seeds)]
+    return Sampler(
+        seeds=torch.tensor(signed, dtype=torch.int64, device=device),
+        scales=torch.tensor(scales, dtype=torch.float32, device=device) if guided_tokens else None,
+        guided_tokens=guided_tokens,
+        temperature=float(temperature),
+        top_k=int(top_k),
+        top_p=float(top_p),
+    )
