@@ -53,7 +53,7 @@ def main() -> None:
         make_model(shape, folder)
         for threads in options.threads:
             for batch in options.batches:
-                for precision in PRECISIONS:
+                for precision in options.precisions:
                     if SHAPES[shape].ours and batch != 2:
                         continue  # a picture and its unconditional half
                     case = {"shape": shape, "threads": threads, "batch": batch,
@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     return parser.parse_args()
