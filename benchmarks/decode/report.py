@@ -38,6 +38,10 @@ guidance, noise and draw behind every step. transformers draws with guidance, to
 The other engines only decode two rows greedily, which is less than a picture takes. "Outside": the
 share of our time beyond that of reading weights and cache at the measured bandwidth.
 """
+QUALITY = """The shipped model, drawing as it does by default, by `benchmarks/decode/quality.py`: the
+perplexity of the tokens of real pictures, the Fréchet distance in features of EfficientNet-Lite0
+to all other real pictures, and how many pictures are found by their caption within ten.
+"""
 # Times the best engine, and share of the bandwidth, at batch 1.
 GOALS = {
     ("135m", "fp32"): (1.5, 0.85), ("135m", "bf16"): (1.8, 0.8),
@@ -61,6 +65,10 @@ def main() -> None:
             ]
             if here:
                 parts += [f"\n## {shape}, {threads} thread{'s' * (threads > 1)}\n", *tables(here)]
+    quality = RESULTS / "decode-quality.json"
+    if quality.exists():
+        parts += ["\n## What smaller weights and caches cost\n", QUALITY]
+        parts += quality_table(json.loads(quality.read_text()))
     if pictures:
         parts += ["\n## Whole pictures\n", PICTURES, *picture_table(pictures)]
     (RESULTS / "decode.md").write_text("\n".join(parts) + "\n")
@@ -143,6 +151,20 @@ def picture_table(runs: list[dict[str, Any]]) -> list[str]:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+
+def quality_table(record: dict[str, Any]) -> list[str]:
+    splits = list(record["rows"][0]["splits"])
+    columns = [f"{what}, {s}" for what in ("perplexity", "FD", "found") for s in splits]
+    lines = [f"| weights | cache | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for row in record["rows"]:
+        scores = row["splits"].values()
+        cells = [row["weights"], row.get("cache", "fp32")]
+        cells += [f"{score['perplexity']:.2f}" for score in scores]
+        cells += [f"{score['fd_efflite0']:.2f}" for score in scores]
+        cells += [f"{score['top10']:.1%}" for score in scores]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, f"\n{record['prompts']} captions of each split, fewer where it has fewer."]
 
 
 def roofline(runs: list[dict[str, Any]]) -> str:
