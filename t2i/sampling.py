@@ -1,4 +1,5 @@
-"""Drawing image tokens from a language model: prefill, then one token of every image at a time.
+"""Drawing image tokens from a language model: prefill, then one token of every image at a time, or
+as many as are guessed right (``speculation``).
 
 Reproducibility. The noise of every token is a function of (seed, position, code) and of nothing
 else (``t2i_kernels.draw``): no generator is advanced, so neither the other images of the batch nor
@@ -32,6 +33,7 @@ from .sampler import Sampler, make_sampler
 from .speculation import Counts
 
 Progress = Callable[[int, int], None]
+SCORED = 64  # tokens of an image whose logits score_codes holds at once
 CACHE_TYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -119,14 +121,15 @@ def sample_codes(
         cache: type of the keys and values that are kept: "fp32", "bf16", "fp16" or "int8" with
             ``decode_step``, by default fp32; elsewhere the model's own, or "int8".
         speculate: guess so many tokens behind the last one, read them in one pass of the model, and
-            keep those that turn out right: fewer passes, each of more rows. With ``decode_step``
-            the image is the same to the bit. 0 is off; by default as many as the times measured on
-            the way say, for pictures of 256 tokens or more with weights in fp32 or bf16.
-        draft: what guesses: weights of this type ("int8", "int4", "bf16"), which are held beside
-            the others, or "jacobi", what earlier passes drew. By default "int8" with
-            ``decode_step``, else "jacobi".
+            keep those that turn out right: fewer passes, each of more rows. With the native
+            ``decode_step`` the image is the same to the bit. 0 is off. By default it is on where
+            that holds and it usually pays, for one or two images of 256 tokens or more with weights
+            in fp32 or bf16, or where ``draft`` is given; then the times of passes decide how many.
+        draft: what guesses: weights of this type ("int8", "int4", "bf16"), which are packed at
+            their first use and held beside the others, or "jacobi", what earlier passes drew. By
+            default int8 for weights in fp32 or bf16, int4 for int8, otherwise jacobi.
         backend: of all operators, by name; by default the fastest that runs here.
-        progress: called with (tokens done, tokens in all) of an image after each of them.
+        progress: called with (tokens done, tokens in all) of an image after each pass.
 
     Returns:
         ``Samples(codes, statistics)``: codes int64 [N, h, w] in [0, image_vocab_size).
@@ -143,10 +146,9 @@ def sample_codes(
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed each")
     if speculate is not None and speculate < 0:
         raise ValueError(f"speculate={speculate}: expected at least 0, which is off")
-    if cache is not None and cache not in CACHE_TYPES:
-        raise ValueError(f"cache={cache!r}: expected one of {', '.join(CACHE_TYPES)}")
     if draft is not None and draft not in (*WEIGHT_TYPES, "jacobi"):
         raise ValueError(f"draft={draft!r}: expected one of {', '.join(WEIGHT_TYPES)}, jacobi")
+    _check_types(weights, cache)
     if not len(prompts):
         return Samples(torch.empty(0, *grid, dtype=torch.int64), Statistics())
 
@@ -156,26 +158,16 @@ def sample_codes(
         use_backend(backend) if backend else contextlib.nullcontext(),
     ):
         prompt = _prompt(lm, prompts, unconditional, prefix_padding, guided=sampler.guided)
-        if prompt.length + num_tokens > config.max_positions:
-            raise ValueError(
-                f"a prompt of {prompt.length} positions and {num_tokens} image tokens exceed "
-                f"the model's max_positions={config.max_positions}"
-            )
-        # The last token is drawn but never read.
-        slots = prompt.length + num_tokens - 1
-        decoder = make_decoder(
-            lm, len(prompt.used), slots, prompt.start, weights, cache and CACHE_TYPES[cache]
-        )
+        decoder = _decoder(lm, prompt, num_tokens, weights, cache)
+        guesser = None
+        if speculate is None and draft is None and not _pays(decoder, prompt, num_tokens):
+            speculate = 0
+        draft = draft or _smaller(decoder)
+        if speculate != 0 and draft != "jacobi":
+            guesser = decoder.with_weights(draft)
         codes = torch.empty(
             len(prompts), num_tokens, dtype=torch.int64, device=sampler.seeds.device
         )
-
-        if speculate is None and not _pays(decoder, num_tokens):
-            speculate = 0
-        if draft is None:
-            draft = "int8" if isinstance(decoder, PackedModel) else "jacobi"
-        if speculate != 0 and draft != "jacobi":
-            decoder.with_weights(draft)  # packs them: as for the others, that is not counted
 
         started = _now(codes.device)
         codes[:, 0] = prefill(decoder, prompt, sampler)
@@ -186,8 +178,8 @@ def sample_codes(
             counts = decode_n_tokens(decoder, codes, sampler, prompt.used, progress)
         else:
             counts = speculation.speculate(
-                decoder, codes, sampler, prompt.used, ahead=speculate,
-                draft=None if draft == "jacobi" else draft, progress=progress,
+                decoder, codes, sampler, prompt.used,
+                ahead=speculate, guesser=guesser, progress=progress,
             )  # fmt: skip
         finished = _now(codes.device)
         statistics = Statistics(
@@ -210,28 +202,68 @@ def score_codes(
     prompts: Sequence[Sequence[int]] | Tensor,
     codes: Tensor,
     *,
+    prefix_padding: Tensor | None = None,
     weights: str | None = None,
     cache: str | None = None,
 ) -> Tensor:
     """Nats a token that ``lm`` needs for given images: the mean of −log p(code) over the codes
     int64 [N, h, w] of each, fp32 [N]. The other arguments and errors are ``sample_codes``'s."""
+    if len(prompts) != len(codes):
+        raise ValueError(f"{len(prompts)} prompts for codes of {len(codes)} images")
+    _check_types(weights, cache)
     codes = codes.flatten(1)
     with _evaluating(lm):
-        prompt = _prompt(lm, prompts, None, None, guided=False)
-        length = prompt.length + codes.shape[1] - 1
-        cache_type = cache and CACHE_TYPES[cache]
-        decoder = make_decoder(lm, len(codes), length, prompt.start, weights, cache_type)
-        first = decoder.read(prompt.tokens, prompt.prefix)
-        logits = torch.cat([first, decoder.read_codes(codes[:, :-1])], dim=1)
-        return F.cross_entropy(logits.mT, codes, reduction="none").mean(dim=1)
+        prompt = _prompt(lm, prompts, None, prefix_padding, guided=False)
+        decoder = _decoder(lm, prompt, codes.shape[1], weights, cache)
+        logits, losses = decoder.read(prompt.tokens, prompt.prefix), []
+        # Some at a time: the logits of all would be large.
+        for first in range(0, codes.shape[1], SCORED):
+            part = codes[:, first : first + SCORED]
+            if part.shape[1] > 1:
+                logits = torch.cat([logits, decoder.read_codes(part[:, :-1])], dim=1)
+            losses.append(F.cross_entropy(logits.mT, part, reduction="none"))
+            if first + SCORED < codes.shape[1]:
+                logits = decoder.read_codes(part[:, -1:])
+    return torch.cat(losses, dim=1).mean(dim=1)
 
 
-def _pays(decoder: Decoder, num_tokens: int) -> bool:
-    """Packing the weights that guess takes about as long as 100 passes of them in fp32."""
+def _check_types(weights: str | None, cache: str | None) -> None:
+    if weights is not None and weights not in WEIGHT_TYPES:
+        raise ValueError(f"weights={weights!r}: expected one of {', '.join(WEIGHT_TYPES)}")
+    if cache is not None and cache not in CACHE_TYPES:
+        raise ValueError(f"cache={cache!r}: expected one of {', '.join(CACHE_TYPES)}")
+
+
+def _decoder(
+    lm: TransformerLM, prompt: Prompt, num_tokens: int, weights: str | None, cache: str | None
+) -> Decoder:
+    if prompt.length + num_tokens > lm.config.max_positions:
+        raise ValueError(
+            f"a prompt of {prompt.length} positions and {num_tokens} image tokens exceed "
+            f"the model's max_positions={lm.config.max_positions}"
+        )
+    slots = prompt.length + num_tokens - 1  # the last token is never read
+    cache_type = None if cache is None else CACHE_TYPES[cache]
+    return make_decoder(lm, len(prompt.used), slots, prompt.start, weights, cache_type)
+
+
+def _smaller(decoder: Decoder) -> str:
+    """What guesses for these weights by default: the largest that are well below their size."""
+    if not isinstance(decoder, PackedModel):
+        return "jacobi"
+    return {"int8": "int4", "int4": "jacobi"}.get(decoder.decoder.weight_type, "int8")
+
+
+def _pays(decoder: Decoder, prompt: Prompt, num_tokens: int) -> bool:
+    """Whether guesses make drawing faster, as a rule. Packing the weights that guess takes about as
+    long as 100 passes in fp32; with more rows than four, reading guesses takes as long as reading
+    the weights."""
     return (
         isinstance(decoder, PackedModel)
+        and decoder.backend == "cpu"  # others do not promise the same bits
         and decoder.decoder.weight_type in ("fp32", "bf16")
         and num_tokens >= 256
+        and len(prompt.used) <= 4
     )
 
 
@@ -271,7 +303,8 @@ def decode_n_tokens(
 @dataclass(frozen=True)
 class Prompt:
     """What stands in front of the images: N rows, or 2N with the unconditional half behind. Where
-    its rows are alike, only one of them is in ``tokens`` or ``prefix``, to be read once."""
+    the unconditional rows are alike, only one of them is in ``tokens`` or ``prefix``, to be read
+    once."""
 
     tokens: Tensor | None  # int64 [rows, length], padded on the left
     prefix: Tensor | None

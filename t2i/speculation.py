@@ -37,7 +37,7 @@ class Pace:
     guesses that were right.
 
     With n guesses of which each is right with probability p, if the ones before it are, a pass
-    draws (1 − pⁿ⁺¹) / (1 − p) tokens on average (arXiv 2211.17192, equation 1). It takes n drafts,
+    draws 1 + p + … + pⁿ tokens on average (arXiv 2211.17192, equation 1). It takes n drafts,
     and the time of a plain pass and of n rows more.
     """
 
@@ -55,7 +55,7 @@ class Pace:
     def speed(self, guesses: int) -> float:
         """Tokens a second."""
         p = self.right / (self.right + self.wrong)
-        drawn = (1 - p ** (guesses + 1)) / (1 - p)
+        drawn = sum(p**i for i in range(guesses + 1))
         return drawn / (self.plain + guesses * (self.draft + self.row))
 
     def record(self, guesses: int, drafting: float, reading: float, right: int, wrong: int) -> None:
@@ -67,6 +67,7 @@ class Pace:
         if not guesses:
             self.plain = _towards(self.plain, reading)
             return
+        self.plain = min(self.plain, reading)  # no pass takes less: what was measured is too long
         self.draft = _towards(self.draft, drafting / guesses)
         self.row = _towards(self.row, max(0.0, reading - self.plain) / guesses)
         # Images differ: what was seen fades.
@@ -84,7 +85,7 @@ def speculate(
     used: Sequence[int],
     *,
     ahead: int | None,
-    draft: str | None,
+    guesser: Decoder | None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Counts:
     """Fill codes int64 [N, num_tokens] behind its first column.
@@ -92,12 +93,11 @@ def speculate(
     Args:
         used: tokens that were read of each row.
         ahead: guesses a pass; None for as many as make it fastest, on the CPU.
-        draft: type of the weights that guess; None for Jacobi decoding.
+        guesser: reads into the same cache, with the weights that guess; None for Jacobi decoding.
     """
     images, num_tokens = codes.shape
     pace = Pace() if ahead is None else None
     most = min(MOST if ahead is None else ahead, num_tokens)
-    guesser = decoder.with_weights(draft) if draft else None
     passes = drafts = bytes_read = 0
     known = torch.ones_like(sampler.seeds)  # codes of each image that are right
     guesses = codes[:, :1].repeat(1, num_tokens + most)  # of all codes, right ones in front
@@ -109,10 +109,12 @@ def speculate(
     while (least := int(known.min())) < num_tokens:
         if sampler.guided and least >= sampler.guided_tokens:
             decoder.keep(images)
+            if guesser is not None:
+                guesser.keep(images)
             sampler, used = sampler.unguided(), used[:images]
-            guesser = decoder.with_weights(draft) if draft else None
         count = min(most if pace is None else pace.guesses(), num_tokens - least - 1)
         # An image that is done, or nearly so, reads its last tokens again.
+        sure = known[:, None].clone()
         again = (known - (num_tokens - 1 - count)).clamp_min(0)
         forget(again)
         known -= again
@@ -123,6 +125,7 @@ def speculate(
             for i in range(count):
                 at = (known + i)[:, None]
                 drawn = sampler.next(guesser, guesses.gather(1, at - 1), known + i)
+                drawn = torch.where(at < sure, guesses.gather(1, at), drawn)
                 guesses.scatter_(1, at, drawn)
             drafts += count
             slots = (

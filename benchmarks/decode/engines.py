@@ -330,46 +330,59 @@ class CTranslate2:
 
 class Pictures:
     """This project's sampling of whole pictures: guidance, noise and draw behind every step, for
-    half as many pictures as the other engines decode rows."""
+    half as many pictures as the other engines decode rows. ``ahead``: with guesses, whose number
+    right means something with trained weights alone."""
 
     precisions = ("fp32", "bf16", "int8", "int4")
     packages = ("t2i", "torch")
 
+    def __init__(self, ahead: bool):
+        self.ahead = ahead
+
     def convert(self, folder: Path, precision: str) -> None:
-        pass
+        if self.ahead and not SHAPES[folder.name].trained:
+            raise RuntimeError("random weights: whether guesses are right says nothing")
 
     def load(self, folder: Path, precision: str, batch: int, threads: int) -> Generate:
         import torch
 
         from t2i.lm import LM_CONFIGS, TransformerLM
+        from t2i.pipeline import T2I
         from t2i.sampling import sample_codes
 
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         shape = SHAPES[folder.name]
-        config, side = LM_CONFIGS[shape.ours], int(shape.tokens**0.5)
-        if config.image_grid is not None:
-            config = config.replace(image_grid=(side, side), max_positions=1 + shape.tokens)
-            prompts, unconditional = torch.arange(batch // 2), None
+        side, images = int(shape.tokens**0.5), batch // 2
+        if shape.trained:
+            model = T2I.from_pretrained(device="cpu")
+            lm, unconditional = model.lm, model.text.prompt(None)
+            prompts = [model.text.prompt("red apple, twemoji style")] * images
         else:
-            prompts, unconditional = shape.prompts(batch // 2), [0, 1]
-        lm = TransformerLM(config)
+            config = LM_CONFIGS[shape.ours].replace(
+                image_grid=(side, side), max_positions=1 + shape.tokens, zero_init_output=False
+            )
+            lm = TransformerLM(config)
+            prompts, unconditional = torch.arange(images), None
 
         def draw(**options: Any) -> Any:
+            options = {"draft": "int8"} | options if self.ahead else {"speculate": 0} | options
             return sample_codes(
-                lm, prompts, seeds=range(batch // 2), grid=(side, side), cfg=3.0,
-                unconditional=unconditional, speculate=0, **options,
+                lm, prompts, seeds=range(images), grid=(side, side), cfg=3.0,
+                unconditional=unconditional, **options,
             )  # fmt: skip
 
+        codes, numbers = draw(weights=precision)
         if precision == "fp32":
-            fused, plain = draw().codes, draw(backend="reference").codes
-            assert torch.equal(fused, plain), "the fused path drew another picture"
-        self.bytes = 0
+            plain = draw(backend="reference", speculate=0, draft=None).codes
+            assert torch.equal(codes, plain), "the fused path drew another picture"
+        self.bytes = numbers.bytes_read // (numbers.passes + numbers.drafts)
 
         def generate(count: int) -> dict[str, Any]:
             codes, numbers = draw(weights=precision)
             return {"prefill": numbers.prefill_seconds, "decode": numbers.decode_seconds,
-                    "tokens": codes.flatten(1).tolist()}  # fmt: skip
+                    "tokens": codes.flatten(1).tolist(),
+                    "passes": [numbers.passes, numbers.drafts]}  # fmt: skip
 
         return generate
 
@@ -409,7 +422,11 @@ ENGINES = {
     "ctranslate2": CTranslate2(),
 }
 # They draw pictures: other tokens than those of greedy decoding.
-PICTURES = {"t2i, guided": Pictures(), "transformers, guided": GuidedTransformers()}
+PICTURES = {
+    "t2i, guided": Pictures(ahead=False),
+    "t2i, guided, ahead": Pictures(ahead=True),
+    "transformers, guided": GuidedTransformers(),
+}
 
 
 def difference(run: Callable[[int], Any], tokens: Callable[[Any], list[list[int]]]) -> Generate:

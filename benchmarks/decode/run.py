@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -216,6 +217,8 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
                 worker.stop()
             rows[name]["prefill"].append(result["prefill"])
             rows[name]["decode"].append(result["decode"])
+            if "passes" in result:
+                rows[name]["passes"] = result["passes"]
     for worker in workers.values():
         worker.stop()
     steps = tokens - 1
@@ -231,11 +234,17 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             f"  {name:18s}",
             row.get("skipped")
             or f"{row['tokens_per_second']:8.1f} tokens/s "
-            f"{row['same_tokens'] or 0:.0%} the same tokens, {row['spread']:.0%} spread",
+            + ("" if row["same_tokens"] is None else f"{row['same_tokens']:.0%} the same tokens, ")
+            + f"{row['spread']:.0%} spread",
             flush=True,
         )
-    return {"case": case, "bandwidth": limit, "rows": rows, "machine": platform.processor(),
+    return {"case": case, "bandwidth": limit, "rows": rows, "machine": processor(),
             "instruction_set": native.cpu_capability()}  # fmt: skip
+
+
+def processor() -> str:
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.machine()
 
 
 def write(record: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ class Shape:
     prompt: int = 64  # tokens
     tokens: int = 256  # that are decoded
     ours: str = ""  # for pictures with guidance: the name of this project's model of that shape
+    trained: bool = False  # whose weights ship with it: other engines have random ones
 
     def prompts(self, batch: int) -> list[list[int]]:
         """Tokens that are the same for every engine."""
@@ -50,7 +51,9 @@ SHAPES = {
     "1b": Shape(_llama(2048, 24, 16, 5632, 50432 + 16384)),
     # Whole pictures. LlamaGen's rotary positions in two dimensions are ours alone: the work is the
     # same.
-    "emoji": Shape(_llama(320, 8, 5, 864, 2048 + 4096), prompt=10, tokens=64, ours="emoji"),
+    "emoji": Shape(
+        _llama(320, 8, 5, 864, 2048 + 4096), prompt=10, tokens=64, ours="emoji", trained=True
+    ),
     "llamagen-b": Shape(_B, prompt=1, tokens=256, ours="llamagen-b"),
     "llamagen-b-512": Shape(_B, prompt=1, tokens=1024, ours="llamagen-b"),
     "llamagen-l": Shape(_L, prompt=1, tokens=256, ours="llamagen-l"),

@@ -35,13 +35,13 @@ class Decoder(Protocol):
         """Go back by int32 [rows] tokens of each row."""
 
     def copy_last(self, count: int) -> None:
-        """Make the last ``count`` rows those that were read by the row in front of them."""
+        """Give each of the last ``count`` rows what the row in front of them has read."""
 
     def keep(self, rows: int) -> None:
         """Go on with the first rows alone."""
 
     def with_weights(self, weight_type: str) -> Decoder:
-        """What reads into the same cache, until ``keep``, with weights of another type."""
+        """What reads into the same cache with weights of another type; ``keep`` is for both."""
 
 
 def make_decoder(

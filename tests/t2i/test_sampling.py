@@ -247,7 +247,7 @@ def test_only_image_rows_of_the_head_are_computed(lm, reads, backend):
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-def test_the_loss_of_given_images(lm, backend):
+def test_the_loss_of_given_images(lm, backend, monkeypatch):
     torch.manual_seed(0)
     codes = torch.randint(30, (3, 3, 4))
     with use_backend(backend) if backend else contextlib.nullcontext():
@@ -257,6 +257,13 @@ def test_the_loss_of_given_images(lm, backend):
         with torch.no_grad():
             logits = lm(tokens[None, :-1])[0, len(prompt) - 1 :, TINY.text_vocab_size :]
         assert loss.item() == pytest.approx(F.cross_entropy(logits, row).item(), rel=1e-5)
+    with pytest.raises(ValueError, match="2 prompts for codes of 3 images"):
+        score_codes(lm, PROMPTS[:2], codes)
+    with pytest.raises(ValueError, match="cache='fp8': expected one of"):
+        score_codes(lm, PROMPTS, codes, cache="fp8")
+    assert score_codes(lm, PROMPTS, codes[:, :1, :1]).shape == (3,)
+    monkeypatch.setattr("t2i.sampling.SCORED", 5)  # in three parts
+    assert torch.allclose(score_codes(lm, PROMPTS, codes), losses, atol=1e-6)
     if backend is None and native.reason() is None:
         coarse = score_codes(lm, PROMPTS, codes, weights="int4")
         assert 0 < (coarse - losses).abs().max() < 1
@@ -345,7 +352,7 @@ def test_packed_weights_follow_the_model(lm):
 def test_packed_weights_are_for_the_cpu_and_for_known_types(lm):
     with pytest.raises(ValueError, match="weights='bf16': packed weights are for models"):
         draw(TransformerLM(TINY).double(), weights="bf16")
-    with pytest.raises(ValueError, match="weight_type 'fp8': expected one of"):
+    with pytest.raises(ValueError, match="weights='fp8': expected one of"):
         draw(lm, weights="fp8")
 
 
@@ -394,6 +401,49 @@ def test_the_same_weights_guess_everything_right(lm):
 
 
 @fused
+def test_the_bytes_that_are_read_are_counted(lm):
+    options = dict(grid=(1, 3), seeds=[1], unconditional=UNCOND, cfg=3.0)
+    prompt, rows = [0, 5, 6, 7, 8, 1], 2
+    weights = {t: decoding.packed(lm, t).weights.numel() for t in ("int8", "fp32")}
+    keys = 2 * TINY.num_kv_heads * TINY.head_dim * TINY.num_layers  # numbers in a slot
+    plain = sample_codes(lm, [prompt], speculate=0, **options).statistics
+    cached = len(prompt) + len(UNCOND)
+    slots = (cached + rows) + (cached + 2 * rows)
+    assert plain.bytes_read == 2 * weights["fp32"] + slots * keys * 4
+    scales = 2 * TINY.num_kv_heads * TINY.num_layers
+    small = sample_codes(lm, [prompt], speculate=0, cache="int8", **options).statistics
+    assert small.bytes_read == 2 * weights["fp32"] + slots * (keys + 4 * scales)
+    # One guess by the same weights, right; both codes are read together.
+    same = dict(weights="int8", draft="int8", speculate=1)
+    guessed = sample_codes(lm, [prompt], **same, **options).statistics
+    assert (guessed.passes, guessed.drafts) == (1, 1)
+    assert guessed.bytes_read == 2 * weights["int8"] + slots * keys * 4
+
+
+@fused
+def test_a_draft_that_is_given_is_used(lm):
+    options = dict(grid=(3, 4), seeds=[1, 2, 3], unconditional=UNCOND, cfg=3.0)
+    assert sample_codes(lm, PROMPTS, **options).statistics.drafts == 0
+    assert sample_codes(lm, PROMPTS, draft="int4", **options).statistics.drafts > 0
+    # By default the largest weights that are well below the size of the others.
+    for weights, expected in (("bf16", "int8"), ("int8", "int4")):
+        sample_codes(lm, PROMPTS, weights=weights, speculate=2, **options)
+        assert list(decoding._packed[lm][1]) == [weights, expected]
+
+
+@fused
+def test_two_types_of_packed_weights_are_kept(lm):
+    first = decoding.packed(lm, "fp32")
+    decoding.packed(lm, "bf16")
+    assert decoding.packed(lm, "fp32") is first
+    decoding.packed(lm, "int8")  # bf16 goes, which was used before fp32
+    assert list(decoding._packed[lm][1]) == ["fp32", "int8"]
+    with pytest.raises(ValueError, match="weights='fp8'"):
+        draw(lm, weights="fp8")
+    assert decoding.packed(lm, "fp32") is first
+
+
+@fused
 def test_pictures_of_256_tokens_are_guessed_ahead_by_default():
     torch.manual_seed(0)
     lm = TransformerLM(TINY.replace(max_positions=300))
@@ -405,6 +455,10 @@ def test_pictures_of_256_tokens_are_guessed_ahead_by_default():
     assert torch.equal(numbers[None, "codes"], numbers[0, "codes"])
     assert numbers[None].drafts > 0 and numbers[0].drafts == 0
     assert sample_codes(lm, PROMPTS[:2], weights="int8", **options).statistics.drafts == 0
+    many = {**options, "seeds": [1, 2, 3]}  # six rows with guidance
+    assert sample_codes(lm, PROMPTS, **many).statistics.drafts == 0
+    with use_backend("reference"):  # whose bits depend on how many rows there are
+        assert sample_codes(lm, PROMPTS[:2], weights="fp32", **options).statistics.drafts == 0
 
 
 @pytest.mark.parametrize("draft, row, p, expected", [
@@ -453,6 +507,11 @@ def test_smaller_caches_draw_nearly_the_same(lm, cache, backend):
     assert (small == plain).float().mean() > 0.5
     alone = draw(lm, PROMPTS[1:2], [2], cache=cache, backend=backend)
     assert torch.equal(alone[0], small[1])
+    numbers = [
+        sample_codes(lm, PROMPTS, grid=(3, 4), seeds=[1, 2, 3], cache=c, backend=backend).statistics
+        for c in (cache, None)
+    ]
+    assert numbers[0].bytes_read < numbers[1].bytes_read
 
 
 def test_modules_keep_the_models_type_or_int8(lm):
