@@ -19,6 +19,8 @@ sys.path.insert(0, str(HERE))
 from shapes import SHAPES  # noqa: E402
 
 RESULTS = HERE.parent / "results"
+README = HERE.parents[1] / "README.md"
+BEGIN, END = "<!-- decoding: by benchmarks/decode/report.py -->", "<!-- end of decoding -->"
 ABOUT = """# Decoding
 
 Made by `make bench-decode`. Every engine decodes 256 tokens behind a prompt of 64, greedily, with
@@ -54,6 +56,11 @@ GOALS = {
 
 def main() -> None:
     runs = json.loads((RESULTS / "decode.json").read_text())["runs"]
+    order = ("fp32", "bf16", "int8", "int4")
+    runs.sort(key=lambda run: (
+        list(SHAPES).index(run["case"]["shape"]), -run["case"]["threads"], run["case"]["batch"],
+        order.index(run["case"]["precision"]),
+    ))  # fmt: skip
     for run in runs:
         failed = [n for n, row in run["rows"].items() if n.startswith("t2i") and "skipped" in row
                   and n != "t2i, guided, ahead"]  # fmt: skip
@@ -78,6 +85,31 @@ def main() -> None:
         parts += ["\n## Whole pictures\n", PICTURES, *picture_table(pictures)]
     (RESULTS / "decode.md").write_text("\n".join(parts) + "\n")
     print(RESULTS / "decode.md")
+    overview(runs)
+
+
+def overview(runs: list[dict[str, Any]]) -> None:
+    """The table of the project's README: all that ran on as many threads as most cases did."""
+    threads = statistics.mode(run["case"]["threads"] for run in runs)
+    runs = [run for run in runs if run["case"]["threads"] == threads]
+    batches = sorted({run["case"]["batch"] for run in runs})
+    lines = [f"| model, {threads} threads | weights | of bandwidth, batch 1 | best engine there | "
+             + " | ".join(f"batch {batch}" for batch in batches) + " |"]  # fmt: skip
+    lines += ["|---" * (4 + len(batches)) + "|"]
+    for case in dict.fromkeys((run["case"]["shape"], run["case"]["precision"]) for run in runs):
+        cells, ratios = [*case, "", ""], []
+        for batch in batches:
+            found = [run for run in runs if (run["case"]["shape"], run["case"]["precision"]) == case
+                     and run["case"]["batch"] == batch]  # fmt: skip
+            others = engines(found[0]) if found else {}
+            ours = found[0]["rows"]["t2i"]["tokens_per_second"] if found else 0
+            ratios.append(f"{ours / max(others.values()):.2f}×" if others else "–")
+            if found and batch == 1:
+                cells[2] = f"{ours / limit(found[0]):.0%}"
+                cells[3] = max(others, key=others.get, default="none")
+        lines.append(f"| {' | '.join([*cells, *ratios])} |")
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
 
 
 def limit(run: dict[str, Any]) -> float:
