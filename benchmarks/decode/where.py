@@ -1,11 +1,12 @@
 """Where the time of a step goes: results/decode-profile.json. Needs Linux' perf.
 
-python benchmarks/decode/profile.py --shapes 135m --threads 2
+python benchmarks/decode/where.py --shapes 135m --threads 2
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -47,7 +48,7 @@ def main() -> None:
         for precision in T2I.precisions:
             for batch in (1, 8):
                 generate = T2I().load(folder, precision, batch, options.threads)
-                shares = profile(lambda: generate(SHAPES[shape].tokens))
+                shares = profile(functools.partial(generate, SHAPES[shape].tokens))
                 case = {"shape": shape, "precision": precision, "batch": batch}
                 rows.append({**case, "threads": options.threads, "shares": shares})
                 print(json.dumps(rows[-1]), flush=True)
