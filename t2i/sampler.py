@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2i_kernels.draw import draw
 
-from .lm.decoding import Decoder
+from .lm.decoding import Decoder, PackedModel
 from .lm.model import TransformerLM
 
 
@@ -40,18 +40,34 @@ class Sampler:
             codes = torch.cat([codes, codes])
         return self(decoder.read_codes(codes), positions)
 
+    def several(self, decoder: Decoder, codes: Tensor, positions: Tensor, count: int) -> Tensor:
+        """Draw the next ``count`` codes of each image, one after another, behind the last one,
+        int64 [N, 1], which is read: int64 [N, count]. The first one is at ``positions``."""
+        if isinstance(decoder, PackedModel):
+            return decoder.draw_tokens(
+                codes[:, 0], count=count, seeds=self.seeds, positions=positions,
+                guidance=self._guidance(positions, count), temperature=self.temperature,
+                top_k=self.top_k, top_p=self.top_p,
+            )  # fmt: skip
+        drawn = []
+        for i in range(count):
+            codes = self.next(decoder, codes, positions + i)
+            drawn.append(codes)
+        return torch.cat(drawn, dim=1)
+
+    def _guidance(self, positions: Tensor, count: int) -> Tensor | None:
+        if not self.guided:
+            return None
+        return self.scales[positions[:, None] + torch.arange(count, device=positions.device)]
+
     def __call__(self, logits: Tensor, positions: Tensor) -> Tensor:
         """Codes int64 [N, T] from logits [N or 2N, T, codes]; the first of the T tokens of each
         image is at ``positions`` int64 [N]."""
-        guidance = None
-        if self.guided:
-            where = positions[:, None] + torch.arange(logits.shape[1], device=logits.device)
-            guidance = self.scales[where]
         return draw(
             logits,
             self.seeds,
             positions,
-            guidance=guidance,
+            guidance=self._guidance(positions, logits.shape[1]),
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,

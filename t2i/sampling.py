@@ -33,6 +33,7 @@ from .sampler import Sampler, make_sampler
 from .speculation import Counts
 
 Progress = Callable[[int, int], None]
+CHUNK = 8  # tokens of an image between calls of ``progress``
 SCORED = 64  # tokens of an image whose logits score_codes holds at once
 CACHE_TYPES = {
     "fp32": torch.float32,
@@ -129,7 +130,7 @@ def sample_codes(
             their first use and held beside the others, or "jacobi", what earlier passes drew. By
             default int8 for weights in fp32 or bf16, int4 for int8, otherwise jacobi.
         backend: of all operators, by name; by default the fastest that runs here.
-        progress: called with (tokens done, tokens in all) of an image after each pass.
+        progress: called with (tokens done, tokens in all) of an image after some passes.
 
     Returns:
         ``Samples(codes, statistics)``: codes int64 [N, h, w] in [0, image_vocab_size).
@@ -286,17 +287,22 @@ def decode_n_tokens(
 ) -> Counts:
     """Fill codes int64 [N, num_tokens] behind its first column; ``used`` are the tokens that were
     read of each row. Nothing here waits for the device."""
-    num_tokens, bytes_read = codes.shape[1], 0
-    positions = torch.zeros_like(sampler.seeds)
-    for i in range(1, num_tokens):
-        if i == sampler.guided_tokens:
+    num_tokens, bytes_read, first = codes.shape[1], 0, 1
+    while first < num_tokens:
+        if first == sampler.guided_tokens:
             decoder.keep(len(codes))
             sampler, used = sampler.unguided(), used[: len(codes)]
-        positions += 1
-        codes[:, i] = sampler.next(decoder, codes[:, i - 1 : i], positions)[:, 0]
-        bytes_read += decoder.weight_bytes + decoder.slot_bytes * (sum(used) + i * len(used))
+        # The last of a few is where guidance ends, or there is progress to be told.
+        end = min(first + CHUNK, num_tokens)
+        end = min(end, sampler.guided_tokens) if first < sampler.guided_tokens else end
+        positions = torch.full_like(sampler.seeds, first)
+        last = codes[:, first - 1 : first]
+        codes[:, first:end] = sampler.several(decoder, last, positions, end - first)
+        slots = sum(sum(used) + i * len(used) for i in range(first, end))
+        bytes_read += (end - first) * decoder.weight_bytes + decoder.slot_bytes * slots
         if progress is not None:
-            progress(i + 1, num_tokens)
+            progress(end, num_tokens)
+        first = end
     return Counts(num_tokens - 1, 0, bytes_read)
 
 

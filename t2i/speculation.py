@@ -114,7 +114,6 @@ def speculate(
             sampler, used = sampler.unguided(), used[:images]
         count = min(most if pace is None else pace.guesses(), num_tokens - least - 1)
         # An image that is done, or nearly so, reads its last tokens again.
-        sure = known[:, None].clone()
         again = (known - (num_tokens - 1 - count)).clamp_min(0)
         forget(again)
         known -= again
@@ -122,11 +121,9 @@ def speculate(
 
         began = time.perf_counter()
         if guesser is not None and count:
-            for i in range(count):
-                at = (known + i)[:, None]
-                drawn = sampler.next(guesser, guesses.gather(1, at - 1), known + i)
-                drawn = torch.where(at < sure, guesses.gather(1, at), drawn)
-                guesses.scatter_(1, at, drawn)
+            last = guesses.gather(1, known[:, None] - 1)
+            drawn = sampler.several(guesser, last, known, count)
+            guesses.scatter_(1, known[:, None] + index[:count], drawn)
             drafts += count
             slots = (
                 count * (cached + rows * int(known.sum())) + len(used) * count * (count - 1) // 2

@@ -1,5 +1,6 @@
 // t2i::decode_step.cpu on torch's stable ABI: all layers of a transformer for a few new tokens of each
-// row, in one parallel region. The schema is defined in kernels/t2i_kernels/decode_step/api.py.
+// row, in one parallel region; and t2i::draw_tokens.cpu, steps with draws between them. The schemas are
+// defined in kernels/t2i_kernels/decode_step/api.py and draw_tokens/api.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "bindings/decode_plan.h"
+#include "bindings/draw.h"
 #include "bindings/linear.h"
 #include "cpu/norm.h"
 
@@ -17,6 +19,7 @@ namespace {
 using namespace t2i::cpu;
 
 constexpr const char* kOp = "decode_step";
+constexpr const char* kDrawOp = "draw_tokens";
 constexpr int64_t kFewRows = 16;  // every thread normalises them for itself: no barrier
 
 enum class QKNorm { none, head, full };
@@ -293,6 +296,110 @@ QKNorm qk_norm_named(const std::string& name) {
   return QKNorm::full;
 }
 
+// A decoder and its cache, and what keeps their memory.
+struct Model {
+  Decoder decoder{};
+  DecodeStep step{};  // without tokens
+  int64_t batch, slots, layer_stride, scale_stride = 0, positions = 0;
+  Tensor seqlens, start;
+  std::optional<Tensor> cos, sin;
+
+  Model(int64_t dim, const Tensor& weights, const Tensor& vectors, const std::string& type,
+        int64_t heads, int64_t ffn_dim, int64_t outputs, const std::string& norm, double norm_eps,
+        const std::string& qk_norm, const Tensor& k_cache, const Tensor& v_cache,
+        const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
+        const Tensor& lengths, const Tensor& starts, const std::optional<Tensor>& rotary_cos,
+        const std::optional<Tensor>& rotary_sin, bool rotary_interleaved,
+        bool positions_from_start)
+      : seqlens(torch::stable::contiguous(lengths)), start(torch::stable::contiguous(starts)) {
+    for (const Tensor* cache : {&k_cache, &v_cache}) {
+      check(kOp, cache->is_cpu() && cache->dim() == 5 && cache->stride(4) == 1,
+            "cache must be [layers, batch, slots, heads, head_dim] on the CPU, its rows contiguous");
+      check(kOp, shape(*cache) == shape(k_cache) &&
+                cache->scalar_type() == k_cache.scalar_type() &&
+                cache->stride(0) == k_cache.stride(0),
+            "cache must be k and v alike, got ", shape(k_cache), " and ", shape(v_cache));
+    }
+    batch = k_cache.size(1);
+    const bool int8 = k_cache.scalar_type() == ScalarType::Char;
+    for (const std::optional<Tensor>* scale : {&k_scale, &v_scale}) {
+      check(kOp, scale->has_value() == int8, "an int8 cache has scales, another has none");
+      if (!int8) continue;
+      const Tensor& s = **scale;
+      bool fits = s.is_cpu() && s.dim() == 4 && s.stride(0) == (*k_scale).stride(0);
+      for (int64_t i = 0; fits && i < 4; ++i) fits = s.size(i) == k_cache.size(i);
+      check(kOp, fits, "scales of a cache ", shape(k_cache), " must be alike and have its first four "
+            "dimensions, got ", shape(s));
+    }
+    check(kOp, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
+          batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
+    check(kOp, rotary_cos.has_value() == rotary_sin.has_value(),
+          "rotary_cos and rotary_sin: give both or none");
+    if (rotary_cos) {
+      check(kOp, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
+                2 * rotary_cos->size(1) <= k_cache.size(4),
+            "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", k_cache.size(4),
+            ", got ", shape(*rotary_cos), " and ", shape(*rotary_sin));
+    }
+    check(kOp, weights.is_cpu() && weights.is_contiguous() && vectors.is_cpu() &&
+              vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Float,
+          "weights and vectors must be contiguous on the CPU");
+    slots = k_cache.size(2);
+    layer_stride = k_cache.stride(0);
+    const int64_t kv_heads = k_cache.size(3);
+    check(kOp, kv_heads > 0 && heads % kv_heads == 0, "heads, ", heads, ", is no multiple of the "
+          "cache's ", kv_heads);
+
+    decoder.dim = dim;
+    decoder.heads = heads;
+    decoder.kv_heads = kv_heads;
+    decoder.head_dim = k_cache.size(4);
+    decoder.ffn_dim = ffn_dim;
+    decoder.qk_norm = qk_norm_named(qk_norm);
+    const uint8_t* bytes = weights.const_data_ptr<uint8_t>();
+    const float* floats = vectors.const_data_ptr<float>();
+    const Reader reader{weight_type(kOp, type), bytes, bytes + weights.numel(), floats,
+                        floats + vectors.numel(), norm == "layernorm", float(norm_eps)};
+    decoder = read_decoder(reader, k_cache.size(0), outputs, decoder);
+
+    step.type = FloatType::f32;
+    step.cache_type = cache_type(kOp, k_cache);
+    step.kv_heads = kv_heads;
+    step.groups = decoder.groups();
+    step.dim = decoder.head_dim;
+    for (const auto& [to, cache] : {std::pair{&step.k, &k_cache}, std::pair{&step.v, &v_cache}}) {
+      *to = {cache->mutable_data_ptr(), cache->stride(1), cache->stride(2), cache->stride(3)};
+    }
+    for (const auto& [to, scale] :
+         {std::pair{&step.k_scale, &k_scale}, std::pair{&step.v_scale, &v_scale}}) {
+      if (!*scale) continue;
+      const Tensor& tensor = **scale;
+      *to = {tensor.mutable_data_ptr<float>(), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+      scale_stride = tensor.stride(0);
+    }
+    step.seqlens = seqlens.const_data_ptr<int32_t>();
+    step.start = start.const_data_ptr<int32_t>();
+    if (rotary_cos) {
+      cos = torch::stable::contiguous(*rotary_cos);
+      sin = torch::stable::contiguous(*rotary_sin);
+      step.cos = cos->const_data_ptr<float>();
+      step.sin = sin->const_data_ptr<float>();
+      positions = cos->size(0);
+      step.pairs = cos->size(1);
+    }
+    step.interleaved = rotary_interleaved;
+    step.positions_from_start = positions_from_start;
+    step.window = int64_t(1) << 40;  // all
+    step.scale = float(1 / std::sqrt(double(step.dim)));
+  }
+
+  // Raises where so many tokens more have no slots or rotary positions.
+  void check_room(const char* op, int64_t tokens) {
+    step.tokens = tokens;
+    check_slots(op, step, batch, slots, cos ? &positions : nullptr);
+  }
+};
+
 Tensor decode_step(Tensor x, Tensor weights, Tensor vectors, std::string type, int64_t heads,
                    int64_t ffn_dim, int64_t outputs, std::string norm, double norm_eps,
                    std::string qk_norm, Tensor k_cache, Tensor v_cache,
@@ -303,103 +410,72 @@ Tensor decode_step(Tensor x, Tensor weights, Tensor vectors, std::string type, i
   check(kOp, x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float,
         "x must be float32 [batch, tokens, dim] on the CPU");
   const int64_t batch = x.size(0), tokens = x.size(1);
-  for (const Tensor* cache : {&k_cache, &v_cache}) {
-    check(kOp, cache->is_cpu() && cache->dim() == 5 && cache->stride(4) == 1,
-          "cache must be [layers, batch, slots, heads, head_dim] on the CPU, its rows contiguous");
-    check(kOp, cache->size(1) == batch && shape(*cache) == shape(k_cache) &&
-              cache->scalar_type() == k_cache.scalar_type() &&
-              cache->stride(0) == k_cache.stride(0),
-          "cache must be k and v alike, of ", batch, " rows, got ", shape(k_cache), " and ",
-          shape(v_cache));
-  }
-  const bool int8 = k_cache.scalar_type() == ScalarType::Char;
-  for (const std::optional<Tensor>* scale : {&k_scale, &v_scale}) {
-    check(kOp, scale->has_value() == int8, "an int8 cache has scales, another has none");
-    if (!int8) continue;
-    const Tensor& s = **scale;
-    bool fits = s.is_cpu() && s.dim() == 4 && s.stride(0) == (*k_scale).stride(0);
-    for (int64_t i = 0; fits && i < 4; ++i) fits = s.size(i) == k_cache.size(i);
-    check(kOp, fits, "scales of a cache ", shape(k_cache), " must be alike and have its first four "
-          "dimensions, got ", shape(s));
-  }
-  check(kOp, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
-        batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
-  check(kOp, rotary_cos.has_value() == rotary_sin.has_value(),
-        "rotary_cos and rotary_sin: give both or none");
-  if (rotary_cos) {
-    check(kOp, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
-              2 * rotary_cos->size(1) <= k_cache.size(4),
-          "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", k_cache.size(4),
-          ", got ", shape(*rotary_cos), " and ", shape(*rotary_sin));
-  }
-  check(kOp, weights.is_cpu() && weights.is_contiguous() && vectors.is_cpu() &&
-            vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Float,
-        "weights and vectors must be contiguous on the CPU");
-  const int64_t slots = k_cache.size(2);
-  const int64_t kv_heads = k_cache.size(3);
   check(kOp, last >= 1 && last <= tokens, "last must be 1 to ", tokens, ", got ", last);
-  check(kOp, kv_heads > 0 && heads % kv_heads == 0, "heads, ", heads, ", is no multiple of the "
-        "cache's ", kv_heads);
-
-  Decoder decoder{};
-  decoder.dim = x.size(2);
-  decoder.heads = heads;
-  decoder.kv_heads = kv_heads;
-  decoder.head_dim = k_cache.size(4);
-  decoder.ffn_dim = ffn_dim;
-  decoder.qk_norm = qk_norm_named(qk_norm);
-  const uint8_t* bytes = weights.const_data_ptr<uint8_t>();
-  const float* floats = vectors.const_data_ptr<float>();
-  const Reader reader{weight_type(kOp, type), bytes, bytes + weights.numel(), floats,
-                      floats + vectors.numel(), norm == "layernorm", float(norm_eps)};
-  decoder = read_decoder(reader, k_cache.size(0), outputs, decoder);
-
-  DecodeStep step{};
-  step.type = FloatType::f32;
-  step.cache_type = cache_type(kOp, k_cache);
-  step.tokens = tokens;
-  step.kv_heads = kv_heads;
-  step.groups = decoder.groups();
-  step.dim = decoder.head_dim;
-  for (const auto& [to, cache] : {std::pair{&step.k, &k_cache}, std::pair{&step.v, &v_cache}}) {
-    *to = {cache->mutable_data_ptr(), cache->stride(1), cache->stride(2), cache->stride(3)};
-  }
-  int64_t scale_stride = 0;
-  for (const auto& [to, scale] :
-       {std::pair{&step.k_scale, &k_scale}, std::pair{&step.v_scale, &v_scale}}) {
-    if (!*scale) continue;
-    const Tensor& tensor = **scale;
-    *to = {tensor.mutable_data_ptr<float>(), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-    scale_stride = tensor.stride(0);
-  }
-  const Tensor lengths = torch::stable::contiguous(seqlens);
-  const Tensor starts = torch::stable::contiguous(start);
-  step.seqlens = lengths.const_data_ptr<int32_t>();
-  step.start = starts.const_data_ptr<int32_t>();
-  std::optional<Tensor> cos, sin;
-  int64_t positions = 0;
-  if (rotary_cos) {
-    cos = torch::stable::contiguous(*rotary_cos);
-    sin = torch::stable::contiguous(*rotary_sin);
-    step.cos = cos->const_data_ptr<float>();
-    step.sin = sin->const_data_ptr<float>();
-    positions = cos->size(0);
-    step.pairs = cos->size(1);
-  }
-  step.interleaved = rotary_interleaved;
-  step.positions_from_start = positions_from_start;
-  step.window = int64_t(1) << 40;  // all
-  step.scale = float(1 / std::sqrt(double(step.dim)));
-  check_slots(kOp, step, batch, slots, cos ? &positions : nullptr);
+  Model model(x.size(2), weights, vectors, type, heads, ffn_dim, outputs, norm, norm_eps, qk_norm,
+              k_cache, v_cache, k_scale, v_scale, seqlens, start, rotary_cos, rotary_sin,
+              rotary_interleaved, positions_from_start);
+  check(kOp, model.batch == batch, "cache has ", model.batch, " rows, x has ", batch);
+  model.check_room(kOp, tokens);
 
   Tensor logits = torch::stable::empty({batch, last, outputs}, ScalarType::Float);
   if (batch == 0) return logits;
   const Tensor in = torch::stable::contiguous(x);
-  Step run(decoder, step, batch, k_cache.stride(0), scale_stride,
+  Step run(model.decoder, model.step, batch, model.layer_stride, model.scale_stride,
            torch::stable::get_num_threads());
   std::memcpy(run.residual(), in.const_data_ptr<float>(), size_t(in.numel()) * sizeof(float));
   run.run(logits.mutable_data_ptr<float>(), last);
   return logits;
+}
+
+Tensor draw_tokens(Tensor codes, Tensor embedding, int64_t count, Tensor seeds, Tensor positions,
+                   std::optional<Tensor> guidance, double temperature, int64_t top_k, double top_p,
+                   Tensor weights, Tensor vectors, std::string type, int64_t heads,
+                   int64_t ffn_dim, int64_t outputs, std::string norm, double norm_eps,
+                   std::string qk_norm, Tensor k_cache, Tensor v_cache,
+                   std::optional<Tensor> k_scale, std::optional<Tensor> v_scale, Tensor seqlens,
+                   Tensor start, std::optional<Tensor> rotary_cos,
+                   std::optional<Tensor> rotary_sin, bool rotary_interleaved,
+                   bool positions_from_start) {
+  check(kDrawOp, embedding.is_cpu() && embedding.dim() == 2 && embedding.is_contiguous() &&
+            embedding.scalar_type() == ScalarType::Float && embedding.size(0) == outputs,
+        "embedding must be float32 [", outputs, ", dim], contiguous, on the CPU");
+  const int64_t dim = embedding.size(1);
+  Model model(dim, weights, vectors, type, heads, ffn_dim, outputs, norm, norm_eps, qk_norm,
+              k_cache, v_cache, k_scale, v_scale, seqlens, start, rotary_cos, rotary_sin,
+              rotary_interleaved, positions_from_start);
+  const DrawCodes draw = DrawCodes::bind(kDrawOp, seeds, positions, guidance, temperature, top_k,
+                                         top_p, count);
+  const int64_t images = draw.images(), rows = images * (guidance ? 2 : 1);
+  check(kDrawOp, codes.numel() == images && model.batch == rows, "for ", images, " seeds codes have ",
+        codes.numel(), " numbers and the cache ", model.batch, " rows");
+  const Tensor last = torch::stable::contiguous(codes);
+  for (int64_t i = 0; i < images; ++i) {
+    const int64_t code = last.const_data_ptr<int64_t>()[i];
+    check(kDrawOp, code >= 0 && code < outputs, "codes must be 0 to ", outputs - 1, ", got ", code);
+  }
+  model.check_room(kDrawOp, count);
+
+  Tensor out = torch::stable::empty({images, count}, ScalarType::Long);
+  if (images == 0) return out;
+  int64_t* drawn = out.mutable_data_ptr<int64_t>();
+  const float* table = embedding.const_data_ptr<float>();
+  const Floats logits = allocate(rows * outputs);
+  std::vector<int32_t> lengths(model.step.seqlens, model.step.seqlens + rows);
+  model.step.seqlens = lengths.data();
+  model.step.tokens = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    Step run(model.decoder, model.step, rows, model.layer_stride, model.scale_stride,
+             torch::stable::get_num_threads());
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t image = row % images;
+      const int64_t code = i ? drawn[image * count + i - 1] : last.const_data_ptr<int64_t>()[image];
+      std::memcpy(run.residual() + row * dim, table + code * dim, size_t(dim) * sizeof(float));
+    }
+    run.run(logits.get(), 1);
+    draw.run(kDrawOp, logits.get(), 1, outputs, i, drawn);
+    for (int32_t& length : lengths) ++length;
+  }
+  return out;
 }
 
 }  // namespace
@@ -407,4 +483,5 @@ Tensor decode_step(Tensor x, Tensor weights, Tensor vectors, std::string type, i
 
 STABLE_TORCH_LIBRARY_IMPL(t2i, CPU, m) {
   m.impl("decode_step.cpu", TORCH_BOX(&t2i::decode_step));
+  m.impl("draw_tokens.cpu", TORCH_BOX(&t2i::draw_tokens));
 }

@@ -3,6 +3,7 @@
 from .decode_attention import KVCache, decode_attention
 from .decode_step import PackedDecoder, decode_step
 from .draw import draw
+from .draw_tokens import draw_tokens
 from .flash_attention import flash_attention
 from .linear import PackedLinear, PackedWeight, linear
 from .registry import BackendError, explain, use_backend
@@ -20,6 +21,7 @@ __all__ = [
     "decode_attention",
     "decode_step",
     "draw",
+    "draw_tokens",
     "explain",
     "flash_attention",
     "linear",

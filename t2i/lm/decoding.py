@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from t2i_kernels import KVCache, explain
+from t2i_kernels import KVCache, draw_tokens, explain
 from t2i_kernels.decode_step import LayerWeights, NormWeights, PackedDecoder, decode_step
 
 from .model import TransformerLM
@@ -136,6 +136,8 @@ class PackedModel:
         self.backend = explain("decode_step").chosen or ""
         self.weight_bytes = decoder.weights.numel()
         self.slot_bytes = decoder.layers * _slot_bytes(cache)
+        embedding = lm.tok_embeddings.weight[lm.config.text_vocab_size :]
+        self.embedding = embedding.detach().float()  # of image codes
 
     def read(self, tokens: Tensor | None, prefix: Tensor | None = None, last: int = 1) -> Tensor:
         x = self.lm.embed(tokens, prefix, continues=prefix is None)
@@ -143,6 +145,10 @@ class PackedModel:
 
     def read_codes(self, codes: Tensor) -> Tensor:
         return self.read(codes + self.lm.config.text_vocab_size, last=codes.shape[1])
+
+    def draw_tokens(self, codes: Tensor, **options) -> Tensor:
+        """Codes behind int64 [N] ones, without Python between them: see the operator."""
+        return draw_tokens(codes, self.embedding, self.decoder, self.cache, **options)
 
     def forget(self, counts: Tensor) -> None:
         self.cache.seqlens -= counts

@@ -25,6 +25,7 @@ TESTS = {
     "norm": ROOT / "tests/kernels/test_decode_step.py",
     "decode_step": ROOT / "tests/kernels/test_decode_step.py",
     "draw": ROOT / "tests/kernels/test_draw.py",
+    "draw_tokens": ROOT / "tests/kernels/test_draw_tokens.py",
 }
 
 FILES = {  # what is compiled, and what that includes
@@ -39,6 +40,7 @@ FILES = {  # what is compiled, and what that includes
     "norm": ["csrc/cpu/norm.cpp"],
     "decode_step": ["csrc/bindings/decode_step_cpu.cpp", "csrc/bindings/decode_plan.h"],
     "draw": ["csrc/cpu/draw.cpp"],
+    "draw_tokens": ["csrc/bindings/decode_step_cpu.cpp", "csrc/bindings/draw.h"],
 }
 
 # name -> (text, its replacement, the tests that must notice, the instruction set unless DEFAULT)
@@ -206,6 +208,18 @@ DRAW = {
     ),
     "inf let through": ("if (!finite || top == -kInf)", "if (top == -kInf)", "undefined or ties"),
 }
+DRAW_TOKENS = {
+    "none": ("", "", "turns or caches"),
+    "the first code again": ("drawn[image * count + i - 1]", "drawn[image * count]", "turns"),
+    "a cache that does not grow": ("for (int32_t& length : lengths) ++length;", "", "turns"),
+    "unconditional rows of one image": (
+        "const int64_t image = row % images;",
+        "const int64_t image = row < images ? row : 0;",
+        "turns",
+    ),
+    "scales of the first code": ("scales[at]", "scales[image * count]", "turns"),
+    "noise of the first code": ("position[image] + token", "position[image]", "turns"),
+}
 MUTATIONS = [
     pytest.param(op, *mutation[:3], *(mutation[3:] or ("DEFAULT",)), id=f"{op}: {name}")
     for op, mutations in (
@@ -216,6 +230,7 @@ MUTATIONS = [
         ("norm", NORM),
         ("decode_step", STEP),
         ("draw", DRAW),
+        ("draw_tokens", DRAW_TOKENS),
     )
     for name, mutation in mutations.items()
 ]

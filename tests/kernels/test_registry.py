@@ -270,6 +270,10 @@ def test_explain_takes_the_arguments_of_the_public_functions():
             dict(last=2),
         ),
         "draw": ((torch.zeros(3, 1, 5), index, index), dict(top_k=2)),
+        "draw_tokens": (
+            (index, square, decoder, decoder.allocate_cache(3, 4)),
+            dict(count=2, seeds=index, positions=index),
+        ),
     }
     assert set(calls) == set(registry.ops())
     for name, (args, kwargs) in calls.items():

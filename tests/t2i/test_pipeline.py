@@ -130,8 +130,9 @@ def test_what_cannot_be_loaded(model, tmp_path):
 def test_statistics_and_progress(model, capsys):
     calls = []
     model.sample("red apple", n=3, batch_size=2, progress=lambda *call: calls.append(call))
-    assert calls[0] == (2, 192) and calls[63] == (128, 192)
-    assert calls[64] == (129, 192) and calls[-1] == (192, 192)
+    assert calls[:2] == [(2, 192), (18, 192)]
+    middle = calls.index((128, 192))
+    assert calls[middle + 1] == (129, 192) and calls[-1] == (192, 192)
     statistics = model.statistics
     assert (statistics.images, statistics.tokens) == (3, 192)
     assert statistics.pixel_seconds > 0 and statistics.seconds_per_image > 0

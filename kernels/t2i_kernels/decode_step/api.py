@@ -13,13 +13,13 @@ from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
 from .decoder import PackedDecoder
 
-SCHEMA = (
-    "(Tensor x, Tensor weights, Tensor vectors, str weight_type, int heads, int ffn_dim,"
-    " int outputs, str norm, float norm_eps, str qk_norm, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+CACHE_SCHEMA = (
+    "Tensor weights, Tensor vectors, str weight_type, int heads, int ffn_dim, int outputs,"
+    " str norm, float norm_eps, str qk_norm, Tensor(a!) k_cache, Tensor(b!) v_cache,"
     " Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor seqlens, Tensor start, Tensor? rotary_cos,"
-    " Tensor? rotary_sin, bool rotary_interleaved, bool positions_from_start, int last)"
-    " -> Tensor logits"
+    " Tensor? rotary_sin, bool rotary_interleaved, bool positions_from_start"
 )
+SCHEMA = f"(Tensor x, {CACHE_SCHEMA}, int last) -> Tensor logits"
 ROWS = 512  # tokens of all rows in a call of the operator: what it needs of memory stays small
 
 
@@ -58,7 +58,7 @@ def decode_step(
     logits, first = [], 0
     room = max(1, ROWS // max(1, batch))
     if batch and tokens > room:  # in a first look, that all of them fit
-        _check_room(decoder, cache, tokens)
+        check_room("decode_step", decoder, cache, tokens)
     while first < tokens:
         count = min(room, tokens - first)
         wanted = max(1, min(count, last - (tokens - first - count)))
@@ -70,11 +70,12 @@ def decode_step(
     return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
 
-def _check_room(decoder: PackedDecoder, cache: KVCache, tokens: int) -> None:
+def check_room(op: str, decoder: PackedDecoder, cache: KVCache, tokens: int) -> None:
+    """Raises IndexError where the cache or the rotary table has no room for so many tokens more."""
     high = int(cache.seqlens.max()) + tokens
     if high > cache.k.shape[2]:
         raise IndexError(
-            f"decode_step: cache.seqlens puts the new tokens into slots up to {high - 1}, but the "
+            f"{op}: cache.seqlens puts the new tokens into slots up to {high - 1}, but the "
             f"cache has {cache.k.shape[2]} slots"
         )
     if decoder.rotary_cos is not None:
@@ -82,27 +83,37 @@ def _check_room(decoder: PackedDecoder, cache: KVCache, tokens: int) -> None:
         position = int((cache.seqlens - start).max()) + tokens - 1
         if position >= len(decoder.rotary_cos):
             raise IndexError(
-                f"decode_step: position {position} is outside rotary_cos, which has "
+                f"{op}: position {position} is outside rotary_cos, which has "
                 f"{len(decoder.rotary_cos)}"
             )
 
 
 def _bind(x, decoder, cache, *, last=1) -> tuple:
+    check_model(decoder, cache)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    check_device("x", x, "decoder", decoder.weights)
+    if x.dtype != torch.float32:
+        raise TypeError(f"x: expected float32, got {x.dtype}")
+    if x.dim() != 3 or x.shape[2] != decoder.dim or x.shape[1] < 1:
+        raise ValueError(f"x: expected [batch, tokens, {decoder.dim}], got {tuple(x.shape)}")
+    if not 1 <= last <= x.shape[1]:
+        raise ValueError(f"last: expected 1 to {x.shape[1]}, the tokens of x, got {last}")
+    return (x.detach(), *bind_cache(decoder, cache, len(x)), last)
+
+
+def check_model(decoder: PackedDecoder, cache: KVCache) -> None:
     if not isinstance(decoder, PackedDecoder):
         raise TypeError(f"decoder: expected a PackedDecoder, got {type(decoder).__name__}")
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache: expected a KVCache, got {type(cache).__name__}")
+
+
+def bind_cache(decoder: PackedDecoder, cache: KVCache, rows: int) -> tuple:
+    """The arguments of ``CACHE_SCHEMA``. Raises TypeError and ValueError for a cache that is not
+    the decoder's, or of other rows."""
     d = decoder
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    check_device("x", x, "decoder", d.weights)
-    if x.dtype != torch.float32:
-        raise TypeError(f"x: expected float32, got {x.dtype}")
-    if x.dim() != 3 or x.shape[2] != d.dim or x.shape[1] < 1:
-        raise ValueError(f"x: expected [batch, tokens, {d.dim}], got {tuple(x.shape)}")
-    if not 1 <= last <= x.shape[1]:
-        raise ValueError(f"last: expected 1 to {x.shape[1]}, the tokens of x, got {last}")
-    shape = (d.layers, x.shape[0], cache.k.shape[2] if cache.k.dim() == 5 else "slots",
+    shape = (d.layers, rows, cache.k.shape[2] if cache.k.dim() == 5 else "slots",
              d.kv_heads, d.head_dim)  # fmt: skip
     for name, buffer in (("cache.k", cache.k), ("cache.v", cache.v)):
         if tuple(buffer.shape) != shape:
@@ -123,15 +134,14 @@ def _bind(x, decoder, cache, *, last=1) -> tuple:
                 f"{found and f'{scale.dtype} {found}'}"
             )
     for name, lengths in (("cache.seqlens", cache.seqlens), ("cache.start", cache.start)):
-        if lengths.dtype != torch.int32 or tuple(lengths.shape) != (len(x),):
+        if lengths.dtype != torch.int32 or tuple(lengths.shape) != (rows,):
             raise ValueError(
-                f"{name}: expected int32 {(len(x),)}, got {lengths.dtype} {tuple(lengths.shape)}"
+                f"{name}: expected int32 {(rows,)}, got {lengths.dtype} {tuple(lengths.shape)}"
             )
     return (
-        x.detach(), d.weights, d.vectors, d.weight_type, d.heads, d.ffn_dim, d.outputs, d.norm,
-        d.norm_eps, d.qk_norm, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.seqlens,
-        cache.start, d.rotary_cos, d.rotary_sin, d.rotary_interleaved, d.positions_from_start,
-        last,
+        d.weights, d.vectors, d.weight_type, d.heads, d.ffn_dim, d.outputs, d.norm, d.norm_eps,
+        d.qk_norm, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.seqlens, cache.start,
+        d.rotary_cos, d.rotary_sin, d.rotary_interleaved, d.positions_from_start,
     )  # fmt: skip
 
 

@@ -76,22 +76,32 @@ def _check(logits, seeds, positions, guidance, temperature, top_k, top_p) -> Non
     check_floating("logits", logits)
     if logits.dim() != 3 or logits.shape[2] < 1:
         raise ValueError(f"logits: expected [rows, tokens, codes], got {tuple(logits.shape)}")
+    if guidance is not None and len(logits) % 2:
+        raise ValueError(f"logits: expected an even number of rows, got {len(logits)}")
     rows = len(logits) // 2 if guidance is not None else len(logits)
+    check_noise(seeds, positions, guidance, rows, logits.shape[1])
+    check_options(temperature, top_k, top_p)
+
+
+def check_noise(seeds, positions, guidance, images: int, tokens: int) -> None:
+    """Raises ValueError for what is not of so many images and tokens."""
     for name, tensor in (("seeds", seeds), ("positions", positions)):
-        if tensor.dtype != torch.int64 or tuple(tensor.shape) != (rows,):
+        if tensor.dtype != torch.int64 or tuple(tensor.shape) != (images,):
             raise ValueError(
-                f"{name}: expected int64 {(rows,)} for logits {tuple(logits.shape)}"
-                f"{' with guidance' if guidance is not None else ''}, got {tensor.dtype} "
+                f"{name}: expected int64 {(images,)}, one for each image, got {tensor.dtype} "
                 f"{tuple(tensor.shape)}"
             )
-    if guidance is not None:
-        if len(logits) % 2:
-            raise ValueError(f"logits: expected an even number of rows, got {len(logits)}")
-        if guidance.dtype != torch.float32 or tuple(guidance.shape) != (rows, logits.shape[1]):
-            raise ValueError(
-                f"guidance: expected float32 {(rows, logits.shape[1])}, got {guidance.dtype} "
-                f"{tuple(guidance.shape)}"
-            )
+    if guidance is not None and (
+        guidance.dtype != torch.float32 or tuple(guidance.shape) != (images, tokens)
+    ):
+        raise ValueError(
+            f"guidance: expected float32 {(images, tokens)}, got {guidance.dtype} "
+            f"{tuple(guidance.shape)}"
+        )
+
+
+def check_options(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError for an option out of range."""
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
     if top_k < 0:

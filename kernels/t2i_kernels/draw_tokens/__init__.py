@@ -1,0 +1,3 @@
+from .api import draw_tokens
+
+__all__ = ["draw_tokens"]
