@@ -39,7 +39,7 @@ class T2I:
 
         from t2i.lm import build_lm
         from t2i.lm.decoding import pack
-        from t2i_kernels.decode_step import decode_step
+        from t2i_kernels import decode_step, draw, draw_tokens
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
@@ -51,18 +51,22 @@ class T2I:
         prompt = torch.tensor(shape.prompts(batch))
         self.bytes = decoder.weights.numel()
 
+        seeds = positions = torch.zeros(batch, dtype=torch.int64)  # nothing is left to chance
+
         def generate(count: int) -> dict[str, Any]:
             cache = decoder.allocate_cache(batch, shape.prompt + count)
             began = time.perf_counter()
-            token = decode_step(embedding[prompt], decoder, cache)[:, -1].argmax(-1)
-            tokens = [token]
+            logits = decode_step(embedding[prompt], decoder, cache)
+            tokens = draw(logits, seeds, positions, temperature=0)
             read = time.perf_counter()
-            for _ in range(count - 1):
-                token = decode_step(embedding[token][:, None], decoder, cache)[:, -1].argmax(-1)
-                tokens.append(token)
+            if count > 1:
+                rest = draw_tokens(
+                    tokens[:, 0], embedding, decoder, cache, count=count - 1, seeds=seeds,
+                    positions=positions, temperature=0,
+                )  # fmt: skip
+                tokens = torch.cat([tokens, rest], dim=1)
             done = time.perf_counter()
-            return {"prefill": read - began, "decode": done - read,
-                    "tokens": torch.stack(tokens, dim=1).tolist()}  # fmt: skip
+            return {"prefill": read - began, "decode": done - read, "tokens": tokens.tolist()}
 
         return generate
 

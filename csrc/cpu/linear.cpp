@@ -11,12 +11,15 @@ constexpr int kVecs = int(kPanelOutputs / kLanes);  // of a panel
 static_assert(kPanelOutputs % kLanes == 0);
 
 // One row is summed up in four panels at once, each a stream of memory; more rows in tiles of as many
-// rows by panels as leave their sums in registers.
+// rows by panels as leave their sums in registers. While rows beyond a tile read what is in the cache,
+// memory waits: where rows are many, tiles have more of them and fewer panels.
 constexpr int kStreams = 4;
-#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+#if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileStreams = 4, kTileRows = 6, kQuantizedTileRows = 3;
+constexpr int kTallStreams = 2, kTallRows = 12, kQuantizedTallRows = 6;
 #else
 constexpr int kTileStreams = 2, kTileRows = 3, kQuantizedTileRows = 2;
+constexpr int kTallStreams = 2, kTallRows = 3, kQuantizedTallRows = 2;
 #endif
 
 // Inputs at once: what four panels have for them is read again by further rows, and stays in the
@@ -438,10 +441,13 @@ void multiply_type(const PackedMatrix& w, const LinearInputs& in, int64_t begin,
                    const LinearOutputs& out, float* sums) {
   constexpr bool whole = type == WeightType::f32 || type == WeightType::bf16;
   constexpr int rows = whole ? kTileRows : kQuantizedTileRows;
+  constexpr int tall = whole ? kTallRows : kQuantizedTallRows;
   if (in.rows == 1) {
     multiply_streams<type, 1, kStreams>(w, in, begin, end, out, sums);
-  } else {
+  } else if (in.rows <= rows) {
     multiply_streams<type, rows, kTileStreams>(w, in, begin, end, out, sums);
+  } else {
+    multiply_streams<type, tall, kTallStreams>(w, in, begin, end, out, sums);
   }
 }
 
