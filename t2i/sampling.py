@@ -130,7 +130,7 @@ def sample_codes(
             their first use and held beside the others, or "jacobi", what earlier passes drew. By
             default int8 for weights in fp32 or bf16, int4 for int8, otherwise jacobi.
         backend: of all operators, by name; by default the fastest that runs here.
-        progress: called with (tokens done, tokens in all) of an image after some passes.
+        progress: called with (tokens done, tokens in all) of an image, every 8 tokens or so.
 
     Returns:
         ``Samples(codes, statistics)``: codes int64 [N, h, w] in [0, image_vocab_size).

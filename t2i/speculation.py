@@ -113,7 +113,8 @@ def speculate(
                 guesser.keep(images)
             sampler, used = sampler.unguided(), used[:images]
         count = min(most if pace is None else pace.guesses(), num_tokens - least - 1)
-        # An image that is done, or nearly so, reads its last tokens again.
+        # An image that is done, or nearly so, reads its last tokens again: they are not guessed.
+        sure = known[:, None].clone()
         again = (known - (num_tokens - 1 - count)).clamp_min(0)
         forget(again)
         known -= again
@@ -123,7 +124,8 @@ def speculate(
         if guesser is not None and count:
             last = guesses.gather(1, known[:, None] - 1)
             drawn = sampler.several(guesser, last, known, count)
-            guesses.scatter_(1, known[:, None] + index[:count], drawn)
+            at = known[:, None] + index[:count]
+            guesses.scatter_(1, at, torch.where(at < sure, guesses.gather(1, at), drawn))
             drafts += count
             slots = (
                 count * (cached + rows * int(known.sum())) + len(used) * count * (count - 1) // 2

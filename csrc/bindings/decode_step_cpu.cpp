@@ -18,7 +18,7 @@ namespace {
 
 using namespace t2i::cpu;
 
-constexpr const char* kOp = "decode_step";
+constexpr const char* kStepOp = "decode_step";
 constexpr const char* kDrawOp = "draw_tokens";
 constexpr int64_t kFewRows = 16;  // every thread normalises them for itself: no barrier
 
@@ -48,6 +48,7 @@ struct Decoder {
 
 // Takes matrices and norms in the order in which they are used.
 struct Reader {
+  const char* op;
   WeightType type;
   const uint8_t *weights, *weights_end;
   const float *vectors, *vectors_end;
@@ -57,7 +58,7 @@ struct Reader {
   PackedMatrix matrix(int64_t outputs, int64_t inputs) {
     const PackedMatrix matrix{type, outputs, inputs, weights};
     const int64_t bytes = matrix.panels() * matrix.panel_bytes();
-    check(kOp, bytes <= weights_end - weights, "weights end before a matrix [", outputs, ", ", inputs,
+    check(op, bytes <= weights_end - weights, "weights end before a matrix [", outputs, ", ", inputs,
           "]: ", bytes, " bytes are needed, ", weights_end - weights, " are left");
     weights += bytes;
     return matrix;
@@ -65,7 +66,7 @@ struct Reader {
 
   Norm norm(int64_t channels) {
     const int64_t count = centered ? 2 * channels : channels;
-    check(kOp, count <= vectors_end - vectors, "vectors end before a norm of ", channels, " channels");
+    check(op, count <= vectors_end - vectors, "vectors end before a norm of ", channels, " channels");
     const Norm norm{vectors, centered ? vectors + channels : nullptr, eps, centered};
     vectors += count;
     return norm;
@@ -93,7 +94,7 @@ Decoder read_decoder(Reader reader, int64_t layers, int64_t outputs, Decoder dec
   }
   decoder.norm = reader.norm(dim);
   decoder.head = reader.matrix(outputs, dim);
-  check(kOp, reader.weights == reader.weights_end && reader.vectors == reader.vectors_end,
+  check(reader.op, reader.weights == reader.weights_end && reader.vectors == reader.vectors_end,
         "weights or vectors go on behind the last of the shape: ",
         reader.weights_end - reader.weights, " bytes and ", reader.vectors_end - reader.vectors,
         " numbers");
@@ -289,14 +290,14 @@ class Step {
   std::vector<std::atomic<int64_t>> next_task_;
 };
 
-QKNorm qk_norm_named(const std::string& name) {
+QKNorm qk_norm_named(const char* op, const std::string& name) {
   if (name == "none") return QKNorm::none;
   if (name == "head") return QKNorm::head;
-  check(kOp, name == "full", "qk_norm must be none, head or full, got ", name);
+  check(op, name == "full", "qk_norm must be none, head or full, got ", name);
   return QKNorm::full;
 }
 
-// A decoder and its cache, and what keeps their memory.
+// A decoder and its cache, whose memory the arguments of the call keep, but for what is copied.
 struct Model {
   Decoder decoder{};
   DecodeStep step{};  // without tokens
@@ -304,7 +305,7 @@ struct Model {
   Tensor seqlens, start;
   std::optional<Tensor> cos, sin;
 
-  Model(int64_t dim, const Tensor& weights, const Tensor& vectors, const std::string& type,
+  Model(const char* op, int64_t dim, const Tensor& weights, const Tensor& vectors, const std::string& type,
         int64_t heads, int64_t ffn_dim, int64_t outputs, const std::string& norm, double norm_eps,
         const std::string& qk_norm, const Tensor& k_cache, const Tensor& v_cache,
         const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
@@ -313,9 +314,9 @@ struct Model {
         bool positions_from_start)
       : seqlens(torch::stable::contiguous(lengths)), start(torch::stable::contiguous(starts)) {
     for (const Tensor* cache : {&k_cache, &v_cache}) {
-      check(kOp, cache->is_cpu() && cache->dim() == 5 && cache->stride(4) == 1,
+      check(op, cache->is_cpu() && cache->dim() == 5 && cache->stride(4) == 1,
             "cache must be [layers, batch, slots, heads, head_dim] on the CPU, its rows contiguous");
-      check(kOp, shape(*cache) == shape(k_cache) &&
+      check(op, shape(*cache) == shape(k_cache) &&
                 cache->scalar_type() == k_cache.scalar_type() &&
                 cache->stride(0) == k_cache.stride(0),
             "cache must be k and v alike, got ", shape(k_cache), " and ", shape(v_cache));
@@ -323,47 +324,50 @@ struct Model {
     batch = k_cache.size(1);
     const bool int8 = k_cache.scalar_type() == ScalarType::Char;
     for (const std::optional<Tensor>* scale : {&k_scale, &v_scale}) {
-      check(kOp, scale->has_value() == int8, "an int8 cache has scales, another has none");
+      check(op, scale->has_value() == int8, "an int8 cache has scales, another has none");
       if (!int8) continue;
       const Tensor& s = **scale;
       bool fits = s.is_cpu() && s.dim() == 4 && s.stride(0) == (*k_scale).stride(0);
       for (int64_t i = 0; fits && i < 4; ++i) fits = s.size(i) == k_cache.size(i);
-      check(kOp, fits, "scales of a cache ", shape(k_cache), " must be alike and have its first four "
+      check(op, fits, "scales of a cache ", shape(k_cache), " must be alike and have its first four "
             "dimensions, got ", shape(s));
     }
-    check(kOp, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
+    check(op, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
           batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
-    check(kOp, rotary_cos.has_value() == rotary_sin.has_value(),
+    check(op, rotary_cos.has_value() == rotary_sin.has_value(),
           "rotary_cos and rotary_sin: give both or none");
     if (rotary_cos) {
-      check(kOp, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
+      check(op, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
                 2 * rotary_cos->size(1) <= k_cache.size(4),
             "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", k_cache.size(4),
             ", got ", shape(*rotary_cos), " and ", shape(*rotary_sin));
     }
-    check(kOp, weights.is_cpu() && weights.is_contiguous() && vectors.is_cpu() &&
+    check(op, weights.is_cpu() && weights.is_contiguous() && vectors.is_cpu() &&
               vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Float,
           "weights and vectors must be contiguous on the CPU");
     slots = k_cache.size(2);
     layer_stride = k_cache.stride(0);
     const int64_t kv_heads = k_cache.size(3);
-    check(kOp, kv_heads > 0 && heads % kv_heads == 0, "heads, ", heads, ", is no multiple of the "
-          "cache's ", kv_heads);
+    check(op, kv_heads > 0 && heads > 0 && heads % kv_heads == 0, "heads, ", heads,
+          ", is no multiple of the cache's ", kv_heads);
+    check(op, dim > 0 && ffn_dim > 0 && outputs > 0 && k_cache.size(4) > 0,
+          "dim, ffn_dim, outputs and head_dim must be above 0, got ", dim, ", ", ffn_dim, ", ",
+          outputs, " and ", k_cache.size(4));
 
     decoder.dim = dim;
     decoder.heads = heads;
     decoder.kv_heads = kv_heads;
     decoder.head_dim = k_cache.size(4);
     decoder.ffn_dim = ffn_dim;
-    decoder.qk_norm = qk_norm_named(qk_norm);
+    decoder.qk_norm = qk_norm_named(op, qk_norm);
     const uint8_t* bytes = weights.const_data_ptr<uint8_t>();
     const float* floats = vectors.const_data_ptr<float>();
-    const Reader reader{weight_type(kOp, type), bytes, bytes + weights.numel(), floats,
+    const Reader reader{op, weight_type(op, type), bytes, bytes + weights.numel(), floats,
                         floats + vectors.numel(), norm == "layernorm", float(norm_eps)};
     decoder = read_decoder(reader, k_cache.size(0), outputs, decoder);
 
     step.type = FloatType::f32;
-    step.cache_type = cache_type(kOp, k_cache);
+    step.cache_type = cache_type(op, k_cache);
     step.kv_heads = kv_heads;
     step.groups = decoder.groups();
     step.dim = decoder.head_dim;
@@ -394,9 +398,10 @@ struct Model {
   }
 
   // Raises where so many tokens more have no slots or rotary positions.
-  void check_room(const char* op, int64_t tokens) {
-    step.tokens = tokens;
-    check_slots(op, step, batch, slots, cos ? &positions : nullptr);
+  void check_room(const char* op, int64_t tokens) const {
+    DecodeStep all = step;
+    all.tokens = tokens;
+    check_slots(op, all, batch, slots, cos ? &positions : nullptr);
   }
 };
 
@@ -407,15 +412,16 @@ Tensor decode_step(Tensor x, Tensor weights, Tensor vectors, std::string type, i
                    Tensor start, std::optional<Tensor> rotary_cos,
                    std::optional<Tensor> rotary_sin, bool rotary_interleaved,
                    bool positions_from_start, int64_t last) {
-  check(kOp, x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float,
+  check(kStepOp, x.is_cpu() && x.dim() == 3 && x.scalar_type() == ScalarType::Float,
         "x must be float32 [batch, tokens, dim] on the CPU");
   const int64_t batch = x.size(0), tokens = x.size(1);
-  check(kOp, last >= 1 && last <= tokens, "last must be 1 to ", tokens, ", got ", last);
-  Model model(x.size(2), weights, vectors, type, heads, ffn_dim, outputs, norm, norm_eps, qk_norm,
+  check(kStepOp, last >= 1 && last <= tokens, "last must be 1 to ", tokens, ", got ", last);
+  Model model(kStepOp, x.size(2), weights, vectors, type, heads, ffn_dim, outputs, norm, norm_eps, qk_norm,
               k_cache, v_cache, k_scale, v_scale, seqlens, start, rotary_cos, rotary_sin,
               rotary_interleaved, positions_from_start);
-  check(kOp, model.batch == batch, "cache has ", model.batch, " rows, x has ", batch);
-  model.check_room(kOp, tokens);
+  check(kStepOp, model.batch == batch, "cache has ", model.batch, " rows, x has ", batch);
+  model.check_room(kStepOp, tokens);
+  model.step.tokens = tokens;
 
   Tensor logits = torch::stable::empty({batch, last, outputs}, ScalarType::Float);
   if (batch == 0) return logits;
@@ -440,7 +446,7 @@ Tensor draw_tokens(Tensor codes, Tensor embedding, int64_t count, Tensor seeds, 
             embedding.scalar_type() == ScalarType::Float && embedding.size(0) == outputs,
         "embedding must be float32 [", outputs, ", dim], contiguous, on the CPU");
   const int64_t dim = embedding.size(1);
-  Model model(dim, weights, vectors, type, heads, ffn_dim, outputs, norm, norm_eps, qk_norm,
+  Model model(kDrawOp, dim, weights, vectors, type, heads, ffn_dim, outputs, norm, norm_eps, qk_norm,
               k_cache, v_cache, k_scale, v_scale, seqlens, start, rotary_cos, rotary_sin,
               rotary_interleaved, positions_from_start);
   const DrawCodes draw = DrawCodes::bind(kDrawOp, seeds, positions, guidance, temperature, top_k,

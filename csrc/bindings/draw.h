@@ -1,6 +1,9 @@
 // Drawing the codes of some images, as draw.cpu and draw_tokens.cpu do.
 #pragma once
 
+#include <atomic>
+#include <optional>
+
 #include "bindings/common.h"
 #include "cpu/draw.h"
 

@@ -22,8 +22,11 @@ constexpr int kTileStreams = 2, kTileRows = 3, kQuantizedTileRows = 2;
 constexpr int kTallStreams = 2, kTallRows = 3, kQuantizedTallRows = 2;
 #endif
 
-// Inputs at once: what four panels have for them is read again by further rows, and stays in the
-// second cache.
+static_assert(kStreams <= kLinearPanels && kTileStreams <= kLinearPanels &&
+              kTallStreams <= kLinearPanels);
+
+// Inputs at once: what the panels of a tile have for them is read again by further rows, and stays in
+// the second cache.
 constexpr int64_t kDepth = 512;
 static_assert(kDepth % kBlockInputs == 0);
 

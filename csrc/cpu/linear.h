@@ -4,7 +4,7 @@
 // Packed, W [outputs, inputs] is a row of panels of 16 outputs. A panel holds its inputs one after
 // the other, and beside each other what 16 outputs have for them: a vector of outputs is summed up in
 // the order of the inputs, in one accumulator. So a row's result is the same to the bit however many
-// rows are computed with it, and a panel is one stream of memory; four are read at once.
+// rows are computed with it, and a panel is one stream of memory; up to four are read at once.
 //
 //   f32   of each input, 16 floats
 //   bf16  of each two inputs, 16 pairs
@@ -73,7 +73,8 @@ struct LinearOutputs {
 };
 
 constexpr int64_t kLinearRows = 192;  // at once
-constexpr int64_t kLinearWorkspace = kLinearRows * 4 * kPanelOutputs;  // floats: sums of panels
+constexpr int64_t kLinearPanels = 4;  // at once, at most
+constexpr int64_t kLinearWorkspace = kLinearRows * kLinearPanels * kPanelOutputs;  // floats: sums
 
 struct LinearKernels {
   // One row of inputs. A group that is not finite gives NaN.

@@ -3,6 +3,7 @@ layers, or the model's own modules."""
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -136,8 +137,11 @@ class PackedModel:
         self.backend = explain("decode_step").chosen or ""
         self.weight_bytes = decoder.weights.numel()
         self.slot_bytes = decoder.layers * _slot_bytes(cache)
-        embedding = lm.tok_embeddings.weight[lm.config.text_vocab_size :]
-        self.embedding = embedding.detach().float()  # of image codes
+
+    @functools.cached_property
+    def embedding(self) -> Tensor:
+        """fp32 [codes, dim]"""
+        return self.lm.tok_embeddings.weight[self.lm.config.image_tokens].detach().float()
 
     def read(self, tokens: Tensor | None, prefix: Tensor | None = None, last: int = 1) -> Tensor:
         x = self.lm.embed(tokens, prefix, continues=prefix is None)

@@ -9,7 +9,7 @@ from test_decode_step import DIM, OUTPUTS, decoder, poisoned
 from t2i_kernels import native
 from t2i_kernels.decode_step import decode_step
 from t2i_kernels.draw import draw
-from t2i_kernels.draw_tokens import draw_tokens
+from t2i_kernels.draw_tokens import api, draw_tokens
 
 pytestmark = pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
 
@@ -23,13 +23,13 @@ def capability(request):
         yield request.param
 
 
-def problem(count, *, guided, dtype=torch.float32, start=None, room=0, **options):
+def problem(count, *, guided, dtype=torch.float32, start=None, **options):
     """A model, a cache behind prompts, an embedding, the last codes, scales of guidance."""
     torch.manual_seed(0)
     model = decoder(**options)
     rows = len(SEEDS) * (2 if guided else 1)
     prompt = torch.randn(rows, 5, DIM)
-    cache = poisoned(model, rows, 5 + count + room, dtype, start)
+    cache = poisoned(model, rows, 5 + count, dtype, start)
     decode_step(prompt, model, cache, backend="cpu")
     embedding = torch.randn(OUTPUTS, DIM)
     codes = torch.tensor([1, OUTPUTS - 1, 0])
@@ -71,7 +71,8 @@ def test_codes_are_those_drawn_in_turns(capability, guided, options):
 @pytest.mark.parametrize("dtype, weight_type", [(torch.int8, "int8"), (torch.bfloat16, "int4")])
 def test_caches_and_weights(capability, dtype, weight_type):
     options = dict(guided=True, dtype=dtype, weight_type=weight_type, start=[2, 0, 1, 0, 3, 4])
-    expected = in_turns(*problem(4, **options), 4)
+    plain = problem(4, **options)
+    expected = in_turns(*plain, 4)
     model, cache, embedding, codes, scales = problem(4, **options)
     settings = dict(seeds=SEEDS, positions=POSITIONS, backend="cpu")
     first = draw_tokens(
@@ -82,7 +83,53 @@ def test_caches_and_weights(capability, dtype, weight_type):
         first[:, 0], embedding, model, cache, count=3, guidance=scales[:, 1:], **settings
     )
     assert torch.equal(torch.cat([first, rest], dim=1), expected)
-    assert cache.k.isfinite().all() or dtype == torch.int8
+    for ours, theirs in zip(vars(cache).values(), vars(plain[1]).values(), strict=True):
+        assert (ours is None and theirs is None) or ours.equal(theirs)
+
+
+def test_rows_of_different_lengths(capability):
+    """As where guesses of some images were right, and of others not."""
+    drawn = []
+    for together in (True, False):
+        model, cache, embedding, codes, _ = problem(4, guided=False)
+        cache.seqlens -= torch.tensor([0, 2, 1], dtype=torch.int32)
+        if together:
+            drawn.append(in_turns(model, cache, embedding, codes, None, 4))
+        else:
+            settings = dict(seeds=SEEDS, positions=POSITIONS, backend="cpu")
+            drawn.append(draw_tokens(codes, embedding, model, cache, count=4, **settings))
+    assert torch.equal(*drawn)
+
+
+def test_the_operator_itself_reads_nothing_out_of_bounds():
+    """Where it is called past the checks of draw_tokens."""
+    model, cache, embedding, codes, scales = problem(4, guided=True)
+    good = api._bind(
+        codes, embedding, model, cache, count=4, seeds=SEEDS, positions=POSITIONS, guidance=scales
+    )
+    names = ["codes", "embedding", "count", "seeds", "positions", "guidance"]
+    for name, wrong, error in [
+        ("codes", codes - 1, ValueError),
+        ("codes", codes + 1, ValueError),
+        ("codes", codes[:2], ValueError),
+        ("embedding", embedding[1:], ValueError),
+        ("embedding", embedding.double(), ValueError),
+        ("embedding", embedding[:, 1:].contiguous(), ValueError),
+        ("seeds", SEEDS[:2], ValueError),
+        ("positions", POSITIONS[:2], ValueError),
+        ("guidance", scales[:, 1:], ValueError),
+        ("guidance", None, ValueError),
+        ("count", 5, (IndexError, ValueError)),
+    ]:
+        call = list(good)
+        call[names.index(name)] = wrong
+        with pytest.raises(error, match="draw_tokens: "):
+            torch.ops.t2i.draw_tokens.cpu(*call)
+    call = list(good)
+    call[9 + 3] = 0  # heads
+    with pytest.raises(ValueError, match="draw_tokens: heads, 0, is no multiple"):
+        torch.ops.t2i.draw_tokens.cpu(*call)
+    assert cache.k[:, :, 5:].isnan().all()
 
 
 def test_the_reference_draws_the_same():
@@ -116,7 +163,9 @@ def test_errors_name_the_argument():
         (ValueError, "codes: expected 0 to 49", (codes + 1, embedding), {}),
         (ValueError, "embedding: expected float32", (codes, embedding[1:]), {}),
         (ValueError, "embedding: expected float32", (codes, embedding.double()), {}),
-        (ValueError, "count: expected at least 1", (codes, embedding), {"count": 0}),
+        (ValueError, "count: expected a whole number", (codes, embedding), {"count": 0}),
+        (ValueError, "count: expected a whole number", (codes, embedding), {"count": 2.0}),
+        (TypeError, "embedding: expected a tensor", (codes, None), {}),
         (ValueError, "seeds: expected int64", (codes, embedding), {"seeds": SEEDS[:2]}),
         (ValueError, "guidance: expected float32", (codes, embedding), {"guidance": scales[:, 1:]}),
         (ValueError, "cache.k: expected", (codes, embedding), {"guidance": None}),

@@ -55,7 +55,8 @@ def draw_tokens(
         int64 [N, count].
 
     Raises:
-        TypeError, ValueError: a wrong type, shape, device or option, or logits that are NaN.
+        TypeError, ValueError: a wrong type, shape, device or option; also logits that are NaN or
+            inf, or −inf alone, when slots behind the cache's ``seqlens`` have been written.
         IndexError: a full cache, a position outside the rotary table; nothing is written then.
         BackendError: the backend asked for cannot run the call.
     """
@@ -65,6 +66,8 @@ def draw_tokens(
     )  # fmt: skip
     backend = select("draw_tokens", backend, *call)
     if len(codes):  # in a first look, that all of them fit
+        if not 0 <= int(codes.min()) <= int(codes.max()) < decoder.outputs:
+            raise ValueError(f"codes: expected 0 to {decoder.outputs - 1}, got {codes.tolist()}")
         check_room("draw_tokens", decoder, cache, count)
     drawn = backend.run(*call)
     cache.advance(count)
@@ -79,25 +82,28 @@ def _bind(
     if not isinstance(codes, Tensor) or codes.dtype != torch.int64 or codes.dim() != 1:
         found = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else repr(codes)
         raise TypeError(f"codes: expected int64 [images], got {found}")
-    if count < 1:
-        raise ValueError(f"count: expected at least 1, got {count}")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count: expected a whole number of at least 1, got {count!r}")
     images = len(codes)
     check_noise(seeds, positions, guidance, images, count)
     options = float(temperature), int(top_k), float(top_p)
     check_options(*options)
     model = bind_cache(decoder, cache, images * (1 if guidance is None else 2))
-    check_device("codes", codes, "decoder", decoder.weights)
-    check_device("embedding", embedding, "decoder", decoder.weights)
+    if not isinstance(embedding, Tensor):
+        raise TypeError(f"embedding: expected a tensor, got {type(embedding).__name__}")
+    tensors = dict(codes=codes, embedding=embedding, seeds=seeds, positions=positions)
+    if guidance is not None:
+        tensors["guidance"] = guidance
+    for name, tensor in tensors.items():
+        check_device(name, tensor, "decoder", decoder.weights)
     expected = (decoder.outputs, decoder.dim)
     if embedding.dtype != torch.float32 or tuple(embedding.shape) != expected:
         raise ValueError(
             f"embedding: expected float32 {expected}, got {embedding.dtype} "
             f"{tuple(embedding.shape)}"
         )
-    if images and not 0 <= int(codes.min()) <= int(codes.max()) < decoder.outputs:
-        raise ValueError(f"codes: expected 0 to {decoder.outputs - 1}, got {codes.tolist()}")
     embedding = embedding.detach().contiguous()
-    return codes, embedding, int(count), seeds, positions, guidance, *options, *model
+    return codes, embedding, count, seeds, positions, guidance, *options, *model
 
 
 def _fake(codes, embedding, count, *rest):
