@@ -45,6 +45,9 @@ QUALITY = """The shipped model, drawing as it does by default, by `benchmarks/de
 perplexity of the tokens of real pictures, Fréchet distance in features of EfficientNet-Lite0 to all
 other real pictures, and how many pictures are found by their caption within ten.
 """
+PROFILE = """Shares of the samples of perf over all threads, by `benchmarks/decode/where.py`. While
+one thread runs Python the others wait, which is counted, too.
+"""
 # Times the best engine, and share of the bandwidth, at batch 1.
 GOALS = {
     ("135m", "fp32"): (1.5, 0.85), ("135m", "bf16"): (1.8, 0.8),
@@ -81,6 +84,10 @@ def main() -> None:
     if quality.exists():
         parts += ["\n## What smaller weights and caches cost\n", QUALITY]
         parts += quality_table(json.loads(quality.read_text()))
+    profile = RESULTS / "decode-profile.json"
+    if profile.exists():
+        parts += ["\n## Where the time goes\n", PROFILE]
+        parts += profile_table(json.loads(profile.read_text())["rows"])
     if pictures:
         parts += ["\n## Whole pictures\n", PICTURES, *picture_table(pictures)]
     (RESULTS / "decode.md").write_text("\n".join(parts) + "\n")
@@ -205,6 +212,16 @@ def quality_table(record: dict[str, Any]) -> list[str]:
         cells += [f"{score['top10']:.1%}" for score in scores]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, f"\n{record['prompts']} captions of each split, fewer where it has fewer."]
+
+
+def profile_table(rows: list[dict[str, Any]]) -> list[str]:
+    parts = list(dict.fromkeys(part for row in rows for part in row["shares"]))
+    lines = [f"| model | weights | batch | {' | '.join(parts)} |", "|---" * (3 + len(parts)) + "|"]
+    for row in rows:
+        cells = [f"{row['shape']}, {row['threads']} thr.", row["precision"], str(row["batch"])]
+        cells += [f"{row['shares'].get(part, 0):.0%}" for part in parts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def roofline(runs: list[dict[str, Any]]) -> str:
