@@ -77,7 +77,8 @@ bench-avx2: BENCH_NAME := -avx2
 bench-avx2: BENCH_TESTS := -k test_shapes
 bench-avx2: BENCH_ENV := T2I_CPU_CAPABILITY=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 	MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 FAISS_SIMD_LEVEL=AVX2 \
-	OPENBLAS_CORETYPE=Haswell BENCH_COMMAND="make bench-avx2"
+	OPENBLAS_CORETYPE=Haswell TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 \
+	BENCH_COMMAND="make bench-avx2"
 bench-avx2: bench
 
 bench-decode: $(VENV)/installed-bench

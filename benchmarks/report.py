@@ -146,7 +146,9 @@ def goals(asked: list[Any], records: list[dict[str, Any]]) -> list[str]:
 
 def overview(records: list[dict[str, Any]]) -> None:
     """The table of the project's README."""
-    runs = list(dict.fromkeys((r["threads"], r["instruction_set"]) for r in records))
+    kinds = list(dict.fromkeys(r["instruction_set"] for r in records))
+    runs = sorted({(r["threads"], r["instruction_set"]) for r in records},
+                  key=lambda run: (kinds.index(run[1]), run[0]))  # fmt: skip
     columns = [f"{n} thread{'s' * (n > 1)}, {kind}" for n, kind in runs]
     lines = [f"| | beside | {' | '.join(columns)} |", "|---|---|" + "---|" * len(runs)]
     for op, asked in GOALS.items():
