@@ -6,6 +6,8 @@
 # make sanitize  run the kernels' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 # make bench     measure the kernels beside their peers, half an hour: benchmarks/results/README.md
 # make bench-avx2   the same, all of them restricted to AVX2, as on machines without AVX-512
+# make gpu-check  on a machine with a GPU: the kernels' tests, and the kernels beside their peers
+# make gpu-static   compile the Triton kernels without a GPU: benchmarks/results/gpu_static.md
 # make bench-decode   measure decoding beside other engines, hours: benchmarks/results/decode.md
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
 # make clean     remove the environment and what the build left
@@ -31,7 +33,7 @@ T2I := $(VENV)/bin/t2i
 NAME := emoji64
 MODEL := t2i/pretrained/$(NAME)
 
-.PHONY: demo test fuzz sanitize weights bench bench-avx2 bench-decode install clean FORCE
+.PHONY: demo test fuzz sanitize weights bench bench-avx2 bench-decode gpu-check gpu-static install clean FORCE
 
 BENCH_THREADS ?= 1 2
 
@@ -40,6 +42,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels tests/t2i/test_tune.py -k triton
 
 fuzz: $(VENV)/installed-test
 	$(VENV)/bin/python tests/kernels/fuzz_vq_nearest.py
@@ -80,6 +83,12 @@ bench-avx2: BENCH_ENV := T2I_CPU_CAPABILITY=AVX2 ATEN_CPU_CAPABILITY=avx2 \
 	OPENBLAS_CORETYPE=Haswell TORCHINDUCTOR_CACHE_DIR=$(abspath $(VENV))/inductor-avx2 \
 	BENCH_COMMAND="make bench-avx2"
 bench-avx2: bench
+
+gpu-check: $(VENV)/installed-test
+	$(VENV)/bin/python benchmarks/gpu_check.py
+
+gpu-static: $(VENV)/installed-test
+	$(VENV)/bin/python benchmarks/gpu_static.py
 
 bench-decode: $(VENV)/installed-bench
 	mkdir -p benchmarks/results

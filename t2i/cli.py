@@ -280,6 +280,21 @@ def doctor() -> None:
 
 
 @app.command()
+def tune() -> None:
+    """Measure how the Triton kernels are best cut up on this GPU, and keep it for later runs."""
+    import torch
+
+    from t2i.tune import problems, tune
+    from t2i_kernels import tuning
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune: measures on a GPU, and torch finds none here")
+    file = tuning.path(torch.cuda.get_device_name())
+    tune("cuda", file, chosen=problems())
+    print(f"{file}; delete it to measure again")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("demo.png"),
     model: Model = None,

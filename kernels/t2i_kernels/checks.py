@@ -38,6 +38,14 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
         raise ValueError(f"{name}: on {tensor.device}, but {other_name} is on {other.device}")
 
 
+def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """A floating tensor of the type and on the device of another."""
+    check_floating(name, tensor)
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other.dtype} as {other_name}, got {tensor.dtype}")
+    check_device(name, tensor, other_name, other)
+
+
 def check_groups(q: Tensor, kv_heads: int, name: str) -> None:
     """Each key head serves the same number of query heads, one at least."""
     heads = q.shape[-2]

@@ -1,6 +1,7 @@
-"""Random problems for the native vq_nearest until enough vectors were checked against fp64.
+"""Random problems for vq_nearest until enough vectors were checked against fp64.
 
     python tests/kernels/fuzz_vq_nearest.py --vectors 10000000 --seed 0
+    TRITON_INTERPRET=1 python tests/kernels/fuzz_vq_nearest.py --backend triton --vectors 1000000
 
 Prints what is wrong, with the seed that makes it again; exits with 1 if anything is.
 """
@@ -8,6 +9,7 @@ Prints what is wrong, with the seed that makes it again; exits with 1 if anythin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,7 +24,7 @@ import oracle  # noqa: E402
 import test_vq_nearest_native as tests  # noqa: E402
 
 DIMS = (1, 2, 3, 4, 5, 8, 12, 16, 17, 32, 64, 128, 512)
-PRODUCTS = 3e8  # N · K · d of a problem, about
+PRODUCTS = {"cpu": 3e8, "triton": 3e7}  # N · K · d of a problem, about
 MAX_VECTORS = 50_000
 
 
@@ -79,9 +81,11 @@ def main() -> int:
     parser.add_argument("--vectors", type=int, default=10_000_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first problem")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--backend", choices=PRODUCTS, default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    capabilities = native.cpu_capabilities()
+    native_ones = options.backend == "cpu"
+    capabilities = native.cpu_capabilities() if native_ones else [options.backend]
     done, failures, seed, kinds = 0, 0, options.seed, Counter()
 
     def summary() -> str:
@@ -91,7 +95,8 @@ def main() -> int:
         torch.manual_seed(seed)
         dim = DIMS[int(torch.randint(len(DIMS), ()))]
         codes = int(2 ** (18 * torch.rand(()) ** (1.5 if dim <= 16 else 2)))
-        n = max(1, int(min(MAX_VECTORS, PRODUCTS / (codes * (dim + 4))) * torch.rand(())))
+        products = PRODUCTS[options.backend]
+        n = max(1, int(min(MAX_VECTORS, products / (codes * (dim + 4))) * torch.rand(())))
         kind = KINDS[int(torch.randint(len(KINDS), ()))]
         metric = ("l2", "cosine")[int(torch.rand(()) < 0.3)]
         dtype = (torch.float32, torch.bfloat16, torch.float16)[int(6 * torch.rand(())) // 4]
@@ -101,9 +106,10 @@ def main() -> int:
         if dtype != torch.float32 and kind in (near_codes, tests.gaussian, tests.clustered):
             z, codebook = z.to(dtype), codebook.to(dtype)
         capability = capabilities[seed % len(capabilities)]
-        with native.use_cpu_capability(capability):
-            for _ in range(2):  # the second time the codebook is known
-                found = vq_nearest(z, codebook, metric, backend="cpu")
+        times = 2 if native_ones else 1  # the second time the codebook is known
+        with native.use_cpu_capability(capability) if native_ones else contextlib.nullcontext():
+            for _ in range(times):
+                found = vq_nearest(z, codebook, metric, backend=options.backend)
                 count = wrong(z, codebook, metric, found)
                 if count:
                     failures += count
@@ -112,8 +118,8 @@ def main() -> int:
                         f"{metric}, {z.dtype}, {capability}",
                         flush=True,
                     )
-        done += 2 * n
-        kinds[kind.__name__] += 2 * n
+        done += times * n
+        kinds[kind.__name__] += times * n
         seed += 1
         if seed % 100 == 0:
             print(summary(), flush=True)

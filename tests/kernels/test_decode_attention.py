@@ -26,7 +26,8 @@ def tokens(batch, n, heads, kv_heads, dim, dtype=torch.float32):
 
 def poisoned(batch, slots, kv_heads, dim, dtype=torch.float32, *, start=None):
     """An empty cache whose every slot holds NaN, or would after its scale."""
-    cache = KVCache.allocate(batch, slots, kv_heads, dim, dtype=dtype)
+    device = torch.get_default_device()
+    cache = KVCache.allocate(batch, slots, kv_heads, dim, dtype=dtype, device=device)
     for buffer in (cache.k, cache.v, cache.k_scale, cache.v_scale):
         if buffer is not None:
             buffer.fill_(math.nan if buffer.is_floating_point() else -128)

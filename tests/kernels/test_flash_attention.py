@@ -92,7 +92,7 @@ def check_options(backend):
 def check_lengths(backend):
     """Queries and keys of different lengths, odd sizes, one row: aligned bottom-right."""
     for lq, lk in [(1, 37), (3, 3), (37, 2), (13, 70), (70, 13), (130, 130)]:
-        for options in [dict(causal=True), dict(window=(9, 3)), dict()]:
+        for options in [dict(causal=True), dict(window=(9, 3)), dict(window=(40, -1)), dict()]:
             compare(backend, *tensors(1, lq, lk, 1, 1, 5), **options)
 
 
@@ -175,6 +175,16 @@ def check_huge_scores(backend):
     compare(backend, 300 * q, 300 * k, v, causal=True)
     compare(backend, q, k, v, scale=1e4)
     compare(backend, 1e10 * q, 1e10 * k, v, scale=1e-20)
+
+
+def check_rising_scores(backend):
+    """Each key scores above all before it, or below: sums are scaled again and again, or not."""
+    for dtype in (torch.float32, torch.float16):
+        q, k, v = tensors(1, 3, 150, 1, 1, 16)
+        q, k = torch.ones_like(q), torch.linspace(0, 75, 150)[None, :, None, None].expand(k.shape)
+        call = tuple(t.to(dtype) for t in (q, k, v))
+        compare(backend, *call)
+        compare(backend, *(t.flip(1) for t in call))
 
 
 def check_shifted(backend):

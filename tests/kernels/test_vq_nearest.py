@@ -35,13 +35,14 @@ def compare(backend, z, codebook, metric, exact=False):
     assert found.indices.dtype == found.counts.dtype == torch.int64
     assert found.distance.dtype == torch.float32
     distances, bound = oracle.distances(z, codebook, metric)
-    best, first = distances.amin(1, keepdim=True), torch.from_numpy(distances.numpy().argmin(1))
+    best = distances.amin(1, keepdim=True)
+    first = torch.from_numpy(distances.cpu().numpy().argmin(1)).to(z.device)
     chosen = distances.gather(1, found.indices[:, None])
     assert (chosen <= best + bound).all(), "a nearer code exists"
     decided = ((distances <= best + bound).sum(1) == 1) | exact
     assert torch.equal(found.indices[decided], first[decided]), "not the lowest index of the best"
     with np.errstate(over="ignore"):
-        expected = torch.from_numpy(best[:, 0].numpy().astype(np.float32))
+        expected = torch.from_numpy(best[:, 0].cpu().numpy().astype(np.float32)).to(z.device)
     atol = 2 * float(bound.max()) if metric == "cosine" else 0
     torch.testing.assert_close(found.distance, expected, rtol=2**-22, atol=atol)
     assert torch.equal(found.counts, torch.bincount(found.indices, minlength=len(codebook)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, triton_backend
 from ..checks import (
     check_device,
     check_floating,
@@ -219,7 +219,23 @@ def _cpu_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
     return None
 
 
+def _triton_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
+    if q.dtype == torch.float64:
+        return "float64 is for the reference only"
+    if q.shape[3] > 256:
+        return "head_dim is above 256"
+    for cache in (k_cache, v_cache):
+        if cache.stride(3) != 1 and cache.shape[3] > 1:
+            return "the cache is not contiguous in its last dimension"
+        odd = cache.shape[3] % 2 or any(stride % 2 for stride in cache.stride()[:3])
+        if cache.dtype == torch.int8 and odd:  # it is read as 16-bit words
+            return "an int8 cache whose head_dim or strides are odd"
+    return triton_backend.runs_on("q", q)
+
+
 register_op("decode_attention", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("decode_attention.reference", reference.decode_attention, "CompositeExplicitAutograd")
 add_backend("cpu", native.reason, _cpu_supports)
+add_backend("triton", triton_backend.reason, _triton_supports)
+triton_backend.implement("decode_attention", "decode_attention")

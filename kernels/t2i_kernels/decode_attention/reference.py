@@ -30,7 +30,7 @@ def decode_attention(
         return q.new_zeros(q.shape)
     slots = seqlens.long()[:, None] + torch.arange(tokens, device=q.device)  # [B, n]
     first = start.long()[:, None]
-    _check_indices(slots, first, k_cache.shape[1], rotary_cos)
+    check_slots(slots, first, k_cache.shape[1], rotary_cos)
     if rotary_cos is not None:
         # A padded slot has no position; whatever it gets is masked.
         positions = (slots - first).clamp_min(0)
@@ -88,7 +88,8 @@ def _read(cache: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (cache.float() * scale[..., None]).to(torch.promote_types(dtype, torch.float32))
 
 
-def _check_indices(slots: Tensor, first: Tensor, max_seqlen: int, rotary: Tensor | None) -> None:
+def check_slots(slots: Tensor, first: Tensor, max_seqlen: int, rotary: Tensor | None) -> None:
+    """IndexError where new tokens have no slot [B, n], or no position from first [B, 1] on."""
     low, high = int(slots.min()), int(slots.max())
     if low < 0 or high >= max_seqlen:
         raise IndexError(

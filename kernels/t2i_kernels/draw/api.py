@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, triton_backend
 from ..checks import check_floating
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
@@ -34,8 +34,8 @@ def draw(
     and of nothing else.
 
     Args:
-        logits: [N, T, K] of fp32 (the reference also fp64); with guidance [2N, T, K], the
-            unconditional half behind.
+        logits: [N, T, K] of fp32 (the reference also fp64, Triton also bf16 and fp16, which it
+            widens first); with guidance [2N, T, K], the unconditional half behind.
         seeds: int64 [N].
         positions: int64 [N], of the first of the T tokens of each image.
         guidance: fp32 [N, T], a scale s for each: the logits are uncond + s (cond − uncond), and
@@ -51,7 +51,7 @@ def draw(
 
     Raises:
         TypeError, ValueError: a wrong type, shape or option; on the CPU also logits that are NaN or
-            inf, or −inf alone.
+            inf, or −inf alone, of which Triton makes a device assertion on a GPU.
         BackendError: the backend asked for cannot run the call.
     """
     call = _bind(
@@ -129,7 +129,17 @@ def _cpu_supports(logits, *rest) -> Reason:
     return None
 
 
+def _triton_supports(logits, *rest) -> Reason:
+    if logits.dtype == torch.float64:
+        return "float64 is for the reference only"
+    if logits.shape[2] > 65536:
+        return "codes are above 65536, which one program draws from"
+    return triton_backend.runs_on("logits", logits)
+
+
 register_op("draw", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("draw.reference", reference.draw, "CompositeExplicitAutograd")
 add_backend("cpu", native.reason, _cpu_supports)
+add_backend("triton", triton_backend.reason, _triton_supports)
+triton_backend.implement("draw", "draw")

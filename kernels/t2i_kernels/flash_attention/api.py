@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import native
+from .. import native, triton_backend
 from ..checks import check_groups, check_heads, check_indices, check_scores, default_scale
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
@@ -187,6 +187,14 @@ def _cpu_supports(q, k, v, *options) -> Reason:
     return None
 
 
+def _triton_supports(q, k, v, *options) -> Reason:
+    if q.dtype == torch.float64:
+        return "float64 is for the reference only"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return "head_dim is above 256"
+    return triton_backend.runs_on("q", q)
+
+
 register_op("flash_attention", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("flash_attention.reference", reference.flash_attention, "CompositeExplicitAutograd")
@@ -196,3 +204,5 @@ LIBRARY.impl(
     "CompositeExplicitAutograd",
 )
 add_backend("cpu", native.reason, _cpu_supports)
+add_backend("triton", triton_backend.reason, _triton_supports)
+triton_backend.implement("flash_attention", "flash_attention", "flash_attention_backward")

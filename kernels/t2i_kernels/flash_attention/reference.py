@@ -184,18 +184,19 @@ def _accumulator(x: Tensor) -> torch.dtype:
 def _documents(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
 ) -> Iterator[tuple[slice, slice]]:
-    """The rows of each packed sequence, (queries, keys). The ends are checked here because reading
-    them is not free on a device."""
-    ends = []
-    for name, cu_seqlens, total in (
-        ("cu_seqlens_q", cu_seqlens_q, total_q),
-        ("cu_seqlens_k", cu_seqlens_k, total_k),
-    ):
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != total or values != sorted(values):
-            raise ValueError(
-                f"flash_attention: {name} must rise from 0 to {total}, the number of rows, "
-                f"got {values}"
-            )
-        ends.append([slice(a, b) for a, b in zip(values[:-1], values[1:], strict=True)])
-    return zip(*ends, strict=True)
+    """The rows of each packed sequence, (queries, keys)."""
+    ends = (read_ends("cu_seqlens_q", cu_seqlens_q, total_q),
+            read_ends("cu_seqlens_k", cu_seqlens_k, total_k))  # fmt: skip
+    slices = ([slice(a, b) for a, b in zip(x[:-1], x[1:], strict=True)] for x in ends)
+    return zip(*slices, strict=True)
+
+
+def read_ends(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    """Where sequences start and end; raises ValueError unless they cover ``total`` rows. Checked
+    here because reading them is not free on a device."""
+    values = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != total or values != sorted(values):
+        raise ValueError(
+            f"flash_attention: {name} must rise from 0 to {total}, the number of rows, got {values}"
+        )
+    return values

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, triton_backend
 from ..checks import check_device, check_floating
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
@@ -121,7 +121,15 @@ def _cpu_supports(z, codebook, metric, return_distance, return_counts) -> Reason
     return None
 
 
+def _triton_supports(z, codebook, metric, return_distance, return_counts) -> Reason:
+    if z.dtype == torch.float64 or codebook.dtype == torch.float64:
+        return "float64 is for the reference only"
+    return triton_backend.runs_on("z", z)
+
+
 register_op("vq_nearest", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("vq_nearest.reference", reference.vq_nearest, "CompositeExplicitAutograd")
 add_backend("cpu", native.reason, _cpu_supports)
+add_backend("triton", triton_backend.reason, _triton_supports)
+triton_backend.implement("vq_nearest", "vq_nearest")

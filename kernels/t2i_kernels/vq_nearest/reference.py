@@ -13,8 +13,8 @@ def vq_nearest(
 ) -> tuple[Tensor, Tensor, Tensor]:
     vectors = z.reshape(z.shape[:-1].numel(), z.shape[-1]).double()
     codes = codebook.double()
-    _check_finite("z", vectors)
-    _check_finite("codebook", codes)
+    check_finite("z", vectors)
+    check_finite("codebook", codes)
     if metric == "cosine":
         vectors, codes = _unit(vectors), _unit(codes)
     # Where all codes are equally near, each pair of a chunk is measured at all d terms.
@@ -67,7 +67,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / torch.where(norm > 0, norm, 1)
 
 
-def _check_finite(name: str, vectors: Tensor) -> None:
+def check_finite(name: str, vectors: Tensor) -> None:
     finite = vectors.isfinite().all(dim=-1)
     if not finite.all():
         row = int(finite.int().argmin())

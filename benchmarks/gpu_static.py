@@ -1,0 +1,329 @@
+"""Compiles every shipped configuration of the Triton kernels for GPUs that need not be there, and
+writes what their machine code is made of: results/gpu_static.json and gpu_static.md.
+
+    python benchmarks/gpu_static.py [--architectures 80 90 100] [--check]
+
+A launcher runs on tensors without data ("meta") while its kernels are replaced by recorders: what
+is compiled is what a GPU would be given. ``--check`` compares with the committed file instead, and
+fails where a count became worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sass  # noqa: E402
+
+from t2i_kernels import tuning  # noqa: E402
+
+RESULT = Path(__file__).parent / "results/gpu_static.json"
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "debug",
+           "sanitize_overflow")  # fmt: skip
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+# FlashAttention's main loops: its source of August 2026, nvcc 13.0, its own flags, bf16, even
+# shapes (FA2, sm_80), and a published build (FA3, sm_90a).
+# name: architecture, registers, spilled bytes stored and loaded, then per iteration and warp
+# instructions, matrix instructions, LDSM, EX2, FMUL.
+FLASH_ATTENTION = {
+    "FA2 forward, d 128, 128×64, 4 warps": (80, 255, (224, 244), 883, 256, 80, 68, 136),
+    "FA2 forward, d 64, 128×128, 4 warps": (80, 255, (284, 292), 1128, 256, 72, 132, 72),
+    "FA2 backward, d 128, 64×128, 8 warps": (80, 255, (64, 88), 977, 320, 144, 32, 36),
+    "FA2 backward, d 64, 128×128, 8 warps": (80, 255, (96, 104), 1282, 320, 144, 64, 68),
+    "FA2 split-KV decoding, d 128, 64×128, 4 warps": (80, 254, (0, 0), 976, 256, 136, 66, 68),
+    "FA3 forward, d 128, 128×128": (90, 168, (0, 0), 471, 16, 0, 66, 68),
+    "FA3 forward, d 64, 192×128": (90, 128, (0, 0), 428, 12, 0, 66, 36),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose launches are compiled."""
+
+    name: str
+    op: str  # folder
+    function: str
+    call: Callable[[], tuple]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention(dim: int, dtype: torch.dtype) -> tuple:
+    q = meta(2, 4096, 16, dim, dtype=dtype)
+    return q, q, q, None, None, True, -1, -1, 0.0, dim**-0.5
+
+
+def attention_backward(dim: int, dtype: torch.dtype) -> tuple:
+    q, *rest = attention(dim, dtype)
+    lse = meta(2, 16, 4096, dtype=torch.float32)
+    return q, None, q, q, q, q, lse, *rest[2:]
+
+
+def nearest(dim: int, codes: int, metric: str) -> tuple:
+    z, codebook = meta(32768, dim, dtype=torch.float32), meta(codes, dim, dtype=torch.float32)
+    return z, codebook, metric, False, True
+
+
+def decoding(dim: int, group: int, int8: bool, batch: int = 2, slots: int = 4096) -> tuple:
+    q, new = meta(batch, 1, 8 * group, dim), meta(batch, 1, 8, dim)
+    cache = meta(batch, slots, 8, dim, dtype=torch.int8 if int8 else torch.bfloat16)
+    scale = meta(batch, slots, 8, dtype=torch.float32) if int8 else None
+    lengths, table = meta(batch, dtype=torch.int32), meta(slots, dim // 2, dtype=torch.float32)
+    return (q, new, new, cache, cache, scale, scale, lengths, lengths, table, table, False, -1, 0.0,
+            dim**-0.5)  # fmt: skip
+
+
+def sampling(codes: int, top_k: int, top_p: float) -> tuple:
+    index = meta(2, dtype=torch.int64)
+    guidance = meta(2, 1, dtype=torch.float32)
+    return meta(4, 1, codes, dtype=torch.float32), index, index, guidance, 0.9, top_k, top_p
+
+
+def vocabulary() -> tuple:
+    """x, weight, targets of the 135M shape."""
+    return meta(8192, 576), meta(65536, 576), meta(8192, dtype=torch.int64)
+
+
+def cases() -> list[Case]:
+    found = []
+    for dim, dtype in [(64, torch.bfloat16), (128, torch.bfloat16), (256, torch.bfloat16),
+                       (64, torch.float32), (128, torch.float32)]:  # fmt: skip
+        name = f"causal, d {dim}, {TYPES[dtype]}"
+        found += [
+            Case(f"forward, {name}", "flash_attention", "flash_attention",
+                 lambda dim=dim, dtype=dtype: attention(dim, dtype)),
+            Case(f"backward, {name}", "flash_attention", "flash_attention_backward",
+                 lambda dim=dim, dtype=dtype: attention_backward(dim, dtype)),
+        ]  # fmt: skip
+    for dim, codes, metric in [(4, 16384, "l2"), (8, 16384, "l2"), (8, 16384, "cosine"),
+                               (32, 8192, "l2"), (256, 16384, "l2")]:  # fmt: skip
+        found.append(
+            Case(f"K {codes}, d {dim}, {metric}", "vq_nearest", "vq_nearest",
+                 lambda *a, c=(dim, codes, metric): nearest(*c))
+        )  # fmt: skip
+    for dim, group, int8 in [(64, 3, False), (64, 3, True), (128, 1, False), (128, 1, True),
+                             (128, 4, False), (128, 4, True)]:  # fmt: skip
+        name = f"1 token, group of {group}, d {dim}, {'int8' if int8 else 'bf16'} cache"
+        found.append(
+            Case(name, "decode_attention", "decode_attention",
+                 lambda c=(dim, group, int8): decoding(*c))
+        )  # fmt: skip
+    for top_k, top_p in [(0, 1.0), (100, 0.9)]:
+        kept = f", top-k {top_k}, top-p {top_p}" if top_k else ""
+        found.append(
+            Case(f"K 16384{kept}", "draw", "draw", lambda c=(16384, top_k, top_p): sampling(*c))
+        )
+    x = meta(8, 1024, 576)
+    found += [
+        Case("forward, D 576, bf16", "rms_norm", "rms_norm", lambda: (x, x[0, 0], 1e-5)),
+        Case("backward, D 576, bf16", "rms_norm", "rms_norm_backward",
+             lambda: (x, x, x[0, 0], 1e-5)),
+        Case("forward, D 576, bf16", "swiglu", "swiglu", lambda: (x, x)),
+        Case("backward, D 576, bf16", "swiglu", "swiglu_backward", lambda: (x, x, x)),
+        Case("d 64, bf16", "rotary", "rotary",
+             lambda: (meta(8, 1024, 9, 64), *[meta(1024, 32, dtype=torch.float32)] * 2, None, False,
+                      False)),
+        Case("forward, V 65536, D 576, bf16", "linear_cross_entropy", "linear_cross_entropy",
+             lambda: (*vocabulary(), -100)),
+        Case("backward, V 65536, D 576, bf16", "linear_cross_entropy",
+             "linear_cross_entropy_backward",
+             lambda: (meta(8192, dtype=torch.float32), None, *vocabulary(),
+                      meta(8192, dtype=torch.float32), -100)),
+    ]  # fmt: skip
+    return found
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    def __init__(self, kernel, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            names = self.kernel.arg_names
+            self.launches.append((self.kernel, dict(zip(names, args, strict=False)) | kwargs))
+
+        return launch
+
+
+def launches(case: Case, architecture: int, **options: Any) -> list[tuple[Any, dict]]:
+    """(kernel, arguments) of each launch; ``options`` go before the shipped ones."""
+    module = importlib.import_module(f"t2i_kernels.{case.op}.triton")
+    recorded: list = []
+
+    def choose(kernel, x, size=None):
+        size = tuning.row_bytes(x) if size is None else size
+        return tuning.lookup(kernel, architecture, size) | options
+
+    recorders = {
+        name: Recorder(value, recorded)
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel")
+    }
+    with mock.patch.object(tuning, "choose", choose), mock.patch.multiple(module, **recorders):
+        getattr(module, case.function)(*case.call())
+    return recorded
+
+
+def compiled(kernel, arguments: dict[str, Any], target: GPUTarget):
+    """What a launch with these arguments compiles, specialized as on a GPU: numbers that are 1, and
+    multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = arguments.get(name)
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if kernel.params[i].is_constexpr or value is None or (number and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif number:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        else:
+            signature[name] = "i1" if isinstance(value, bool) else "fp32"
+        if isinstance(value, torch.Tensor) or (number and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=target, options=options
+    )
+
+
+def measure(case: Case, architecture: int) -> list[dict[str, Any]]:
+    """A row for each kernel of a case: of several launches, the one with most registers."""
+    rows: dict[str, dict[str, Any]] = {}
+    seen = set()
+    for kernel, arguments in launches(case, architecture):
+        binary = compiled(kernel, arguments, GPUTarget("cuda", architecture, 32))
+        if binary.hash in seen:
+            continue
+        seen.add(binary.hash)
+        code = sass.read_bytes(binary.asm["cubin"])
+        warps = binary.metadata.num_warps
+        row = {
+            "case": f"{case.op}: {case.name}", "kernel": kernel.__name__,
+            "architecture": architecture,
+            "blocks": {k: v for k, v in arguments.items() if k in ("BLOCK_M", "BLOCK_N", "TILE")},
+            "warps": warps, "stages": binary.metadata.num_stages, "registers": code.registers,
+            "spills": code.spills, "shared": binary.metadata.shared,
+            "occupancy": code.occupancy(architecture, warps, binary.metadata.shared),
+        }  # fmt: skip
+        loop = code.main
+        if loop:
+            row |= {
+                "instructions": loop.size, "matrix": loop.matrix,
+                "per_matrix": round(loop.per_matrix, 2), "LDSM": loop.count("LDSM"),
+                "EX2": loop.count("MUFU.EX2"), "FMUL": loop.count("FMUL", common=True),
+                "bounds": [round(x, 3) for x in loop.bounds(architecture) or ()],
+            }  # fmt: skip
+        if row["registers"] >= rows.get(kernel.__name__, row)["registers"]:
+            rows[kernel.__name__] = row
+    return list(rows.values())
+
+
+def worse(new: dict, old: dict) -> list[str]:
+    """Counts of a row that are above those of an older one."""
+    found = []
+    for key in ("registers", "shared", "per_matrix", "FMUL", "LDSM"):
+        if new.get(key, 0) > old.get(key, 0):
+            found.append(f"{key} {old.get(key)} -> {new[key]}")
+    if sum(new["spills"]) > sum(old["spills"]):
+        found.append(f"spills {old['spills']} -> {new['spills']}")
+    return found
+
+
+def key(row: dict) -> tuple:
+    return row["case"], row["kernel"], row["architecture"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    rows = []
+    for architecture in options.architectures:
+        for case in cases():
+            rows += measure(case, architecture)
+            print(f"sm_{architecture} {case.op}: {case.name}", flush=True)
+    if options.check:
+        sys.exit(check(rows))
+    record = {"triton": triton.__version__, "command": "python benchmarks/gpu_static.py"}
+    RESULT.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    RESULT.with_suffix(".md").write_text(page(record | {"rows": rows}))
+
+
+def check(rows: list[dict]) -> str | None:
+    """What became worse than the committed rows, if anything did."""
+    record = json.loads(RESULT.read_text())
+    if record["triton"] != triton.__version__:
+        print(f"committed with triton {record['triton']}, this is {triton.__version__}: no verdict")
+        return None
+    old = {key(row): row for row in record["rows"]}
+    lines = [f"{key(row)}: {line}" for row in rows if key(row) in old
+             for line in worse(row, old[key(row)])]  # fmt: skip
+    lines += [f"{key(row)}: not in {RESULT.name}" for row in rows if key(row) not in old]
+    return "\n".join(lines) or None
+
+
+def page(record: dict) -> str:
+    lines = [
+        "# Machine code of the Triton kernels\n",
+        f"Made by `{record['command']}` with triton {record['triton']}, on a machine without a GPU."
+        " Nothing here is a time. Counts are of a warp and an iteration of the main loop; where a"
+        " branch may skip instructions (rescaling, for one), those are not in the instructions for"
+        " each matrix instruction and not in FMUL. The use of matrix units is **modelled** from the"
+        " clocks that each pipe is busy: if nothing overlapped, and if everything did"
+        " (benchmarks/sass.py). Spills are instructions; FlashAttention's are bytes.\n",
+    ]
+    columns = ["kernel", "tile", "warps", "registers", "spills", "shared", "warps a multiprocessor",
+               "instructions", "matrix", "each", "LDSM / matrix", "EX2", "FMUL",
+               "matrix units"]  # fmt: skip
+    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for architecture in dict.fromkeys(row["architecture"] for row in record["rows"]):
+        lines += [f"\n## sm_{architecture}\n", *head]
+        for name, (arch, regs, spills, size, matrix, ldsm, ex2, fmul) in FLASH_ATTENTION.items():
+            if arch == architecture:
+                cells = [f"*{name}*", "", "", regs, f"{spills[0]}/{spills[1]} B", "", "", size,
+                         matrix, f"{size / matrix:.2f}", f"{ldsm / matrix:.2f}", ex2, fmul,
+                         ""]  # fmt: skip
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+        for row in record["rows"]:
+            if row["architecture"] != architecture:
+                continue
+            cells = [f"{row['case']}, {row['kernel'].removesuffix('_kernel')}",
+                     "×".join(map(str, row["blocks"].values())), row["warps"], row["registers"],
+                     "/".join(map(str, row["spills"])), f"{row['shared'] / 1024:.0f} KB",
+                     row["occupancy"]]  # fmt: skip
+            if "matrix" in row:
+                cells += [row["instructions"], row["matrix"], f"{row['per_matrix']:.2f}",
+                          f"{row['LDSM'] / row['matrix']:.2f}", row["EX2"], row["FMUL"],
+                          " to ".join(f"{x:.0%}" for x in row["bounds"])]  # fmt: skip
+            else:
+                cells += [""] * 7
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from .api import rotary
+
+__all__ = ["rotary"]

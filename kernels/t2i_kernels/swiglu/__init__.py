@@ -1,0 +1,3 @@
+from .api import swiglu
+
+__all__ = ["swiglu"]

@@ -1,0 +1,58 @@
+"""The Triton backend as far as it goes without importing triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .registry import LIBRARY, Reason
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+MINIMUM_CAPABILITY = (8, 0)  # bf16 and cp.async
+
+
+def reason() -> Reason:
+    """None where triton is installed and has something to run on; asked on import, so neither is it
+    imported nor a device woken."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRETED or torch.version.cuda or torch.version.hip:
+        return None
+    return "this torch is built for the CPU; TRITON_INTERPRET=1 interprets the kernels there"
+
+
+def runs_on(name: str, x: Tensor) -> Reason:
+    """None where kernels can run on x's device."""
+    if x.is_cuda:
+        return _reason_of(x.device.index or 0)
+    if x.device.type == "cpu" and INTERPRETED:
+        return None
+    hint = "; TRITON_INTERPRET=1 interprets it there" if x.device.type == "cpu" else ""
+    return f"{name} is on {x.device}{hint}"
+
+
+@functools.cache
+def _reason_of(device: int) -> Reason:
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MINIMUM_CAPABILITY:
+        return f"compute capability {capability} is below {MINIMUM_CAPABILITY}"
+    return None
+
+
+def implement(package: str, *functions: str) -> None:
+    """Register functions of ``t2i_kernels.<package>.triton`` as the operators they are called;
+    triton is imported by the first call."""
+    for function in functions:
+
+        def run(*call, function=function):
+            module = importlib.import_module(f"t2i_kernels.{package}.triton")
+            return getattr(module, function)(*call)
+
+        LIBRARY.impl(f"{function}.triton", run, "CompositeExplicitAutograd")

@@ -1,0 +1,51 @@
+"""The machine code of the shipped Triton kernels is no worse than the committed counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from t2i_kernels import triton_backend
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.mark.skipif(triton_backend.reason() is not None, reason=str(triton_backend.reason()))
+@pytest.mark.skipif(triton_backend.INTERPRETED, reason="TRITON_INTERPRET is 1")
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_counts(architecture):
+    command = [sys.executable, ROOT / "benchmarks/gpu_static.py", "--check", "--architectures"]
+    done = subprocess.run([*command, str(architecture)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+LISTING = """
+        Function : kernel
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0030*/               @P1 BRA 0x60 ;
+        /*0040*/                   FMUL R8, R8, R9 ;
+        /*0050*/                   FMUL R9, R9, R9 ;
+        /*0060*/                   MUFU.EX2 R3, R3 ;
+        /*0070*/              @!P0 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_reading():
+    """A loop, its common path, and what lies outside."""
+    import sass
+
+    kernel = sass._kernel("kernel", 32, 0, 0, LISTING)
+    (loop,) = kernel.loops
+    assert loop.size == 7 and loop.matrix == 1
+    assert loop.count("FMUL") == 2 and loop.count("FMUL", common=True) == 0
+    assert loop.per_matrix == 5  # all but the products that may be skipped
+    assert loop.count("MUFU.EX2") == loop.count("LDSM") == 1 and loop.count("MOV") == 0
+    serial, overlap = loop.bounds(80)
+    assert serial == 8 / (8 + 8) and overlap == 1.0
