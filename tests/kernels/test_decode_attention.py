@@ -255,6 +255,18 @@ def check_huge_and_structured(backend):
         torch.testing.assert_close(out, mean)
 
 
+def check_long_cache(backend):
+    """Scores that rise, and fall, over hundreds of slots."""
+    for falling in (False, True):
+        cache = poisoned(2, 700, 1, 16)
+        for row, used in enumerate((690, 333)):
+            ramp = torch.linspace(0, 8, used)[:, None, None]
+            cache.k[row, :used] = torch.randn(used, 1, 16) * (ramp.flip(0) if falling else ramp)
+            cache.v[row, :used] = torch.randn(used, 1, 16)
+        cache.seqlens.copy_(torch.tensor([690, 333]))
+        step(backend, cache, *tokens(2, 1, 2, 1, 16))
+
+
 def check_one_by_one(backend):
     """Tokens one at a time, all at once, and in ``flash_attention`` without a cache: the same."""
     q, k, v = tokens(2, 9, 4, 2, 8)
@@ -348,9 +360,9 @@ def check_out_of_range(backend):
 CHECKS = [
     check_steps, check_heads, check_rotary, check_relative_positions, check_padding,
     check_padding_may_hold_anything, check_low_precision, check_int8, check_int8_is_near,
-    check_int8_beside_fp64,
-    check_huge_and_structured, check_one_by_one, check_going_back, check_batch_independence,
-    check_strides, check_empty, check_nothing_is_differentiated, check_out_of_range,
+    check_int8_beside_fp64, check_huge_and_structured, check_long_cache, check_one_by_one,
+    check_going_back, check_batch_independence, check_strides, check_empty,
+    check_nothing_is_differentiated, check_out_of_range,
 ]  # fmt: skip
 
 

@@ -57,7 +57,7 @@ FLASH = {
     "NaN from dout of such rows": (flash, "do = torch.where(unseeing[..., None], 0, do)", "pass"),
     "NaN swallowed": (flash, "return p @ v, log", "return (p @ v).nan_to_num(), log"),
     "sums in the inputs' type": (flash, "torch.float64 else torch.float32", "0 else x.dtype"),
-    "last sequence dropped": (flash, "(values[:-1], values[1:],", "(values[:-2], values[1:-1],"),
+    "last sequence dropped": (flash, "(x[:-1], x[1:], strict", "(x[:-2], x[1:-1], strict"),
     "packed logsumexp not written": (flash, "out[rows], logsumexp[:, rows] =", "out[rows], _ ="),
     "packed gradients added up": (flash, "grad[0]\n", "grad[0] + 1\n"),
 }

@@ -10,7 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_decode_attention
+import test_draw
 import test_flash_attention
+import test_linear_cross_entropy
+import test_rms_norm
+import test_rotary
+import test_swiglu
 import test_vq_nearest
 
 import t2i_kernels
@@ -21,8 +27,6 @@ pytestmark = pytest.mark.skipif(
     reason=triton_backend.reason() or "TRITON_INTERPRET is not 1",
 )
 ROOT = Path(t2i_kernels.__file__).parent
-SUITES = {"flash_attention": test_flash_attention, "vq_nearest": test_vq_nearest}
-
 # name -> (text, its replacement, the check that must notice)
 FLASH = {
     "scale of the maximum": ("tl.exp2(largest * c - base)", "tl.exp2(largest - base)", "lengths"),
@@ -106,7 +110,85 @@ NEAREST = {
     "codes counted once": ("tl.full([BLOCK_N], 1, tl.int64)", "tl.full([BLOCK_N], 2, tl.int64)",
                            "data"),
 }  # fmt: skip
-MUTATIONS = {"flash_attention": FLASH, "vq_nearest": NEAREST}
+DECODE = {
+    "append skipped": ("kept, mask=mask)", "kept, mask=mask & (columns < 0)[None, :])", "steps"),
+    "position off by one": ("tl.maximum(used + token - first, 0)",
+                            "tl.maximum(used + token + 1 - first, 0)", "rotary"),
+    "position of the slot": ("tl.maximum(new - first, 0)", "new", "padding"),
+    "padding seen": ("low, left = first, first", "low, left = first * 0, first * 0",
+                     "padding_may_hold_anything"),
+    "own key unseen": ("(key <= query)", "(key < query)", "steps"),
+    "softcap off": ("s = squash(s, 1.0) * cap", "s = s * cap", "steps"),
+    "sums not rescaled": ("acc = dot(p, v, acc * keep)", "acc = dot(p, v, acc)", "steps"),
+    "splits not weighed": ("rows * tl.exp2(above - base)", "rows", "long_cache"),
+    "last split dropped": ("inside = splits <= last", "inside = splits < last", "one_by_one"),
+    "rotated backwards": ("tl.where(first[None, :], -s, s)", "tl.where(first[None, :], s, -s)",
+                          "rotary"),
+    "pairs always interleaved": (
+        "if INTERLEAVED:\n            first", "if True:\n            first", "rotary"
+    ),
+    "int8 clipped early": ("tl.div_rn(largest, 127.0)", "tl.div_rn(largest, 100.0)", "int8"),
+    "int8 scale not kept": ("tl.store(scales + slots * stride_scale, scale, mask=inside)", "pass",
+                            "int8"),
+    "int8 channels swapped": ("(low & 0xFF) | (high << 8)", "(high & 0xFF) | (low << 8)", "int8"),
+}  # fmt: skip
+DRAW = {
+    "guidance off": ("base + (x - base) * s", "x", "guidance"),
+    "temperature off": ("x = tl.div_rn(x, temperature)", "x = x", "as_the_reference"),
+    "top-k keeps one more": ("* block - top_k)", "* block - top_k - 1)", "as_the_reference"),
+    "top-p of less": ("tl.sum(under)) * p", "tl.sum(under)) * p * 0.9", "borders_of_the_nucleus"),
+    "noise of the next code": ("(at + 1).to(tl.uint64)", "(at + 2).to(tl.uint64)", "guidance"),
+    "noise of the first token": ("stride_position) + t", "stride_position)", "guidance"),
+    "fp64 never asked": ("(second >= limit).to(tl.int32)) == 1", "(second >= limit).to(tl.int32)) "
+                         ">= 1", "close_scores"),
+    "ties broken high": ("tl.min(tl.where(best == top, code, codes))",
+                         "tl.max(tl.where(best == top, code, -1))", "ties_and_what_is_out"),
+    "NaN let through": ('tl.where(x < float("inf"), undefined, 1)', "undefined",
+                        "undefined_logits"),
+}  # fmt: skip
+RMS_NORM = {
+    "eps dropped": ("/ D + eps)", "/ D)", "eps"),
+    "weight dropped": ("normed * w[None, :], out", "normed, out", "shapes"),
+    "gradient through the mean dropped": ("(dnormed - normed * shared[:, None])", "dnormed",
+                                          "shapes"),
+    "weight's gradient of some rows": ("dw += tl.where(inside", "dw = tl.where(inside", "sizes"),
+}  # fmt: skip
+SWIGLU = {
+    "sigmoid alone": ("g / (1 + tl.exp2(g * -LOG2E)) * u", "1 / (1 + tl.exp2(g * -LOG2E)) * u",
+                      "shapes"),
+    "gradient of the sigmoid dropped": ("(1 + g * (1 - sigmoid))", "1.0", "shapes"),
+    "gate's gradient as up's": ("d * g * sigmoid)", "d * u * sigmoid)", "shapes"),
+}  # fmt: skip
+ROTARY = {
+    "backward turns on": ("if INVERSE:", "if False:", "sizes"),
+    "rest not copied": ("if D > 2 * PAIRS:", "if False:", "sizes"),
+    "positions ignored": ("if INDEXED:", "if False:", "positions"),
+    "pairs turned the other way": ("p * s + q * c, out", "q * c - p * s, out", "sizes"),
+}  # fmt: skip
+CROSS_ENTROPY = {
+    "ignored rows counted": ("tl.where(ignored, 0.0, above - logit + log)", "above - logit + log",
+                             "ignored"),
+    "ignored rows have gradients": ("d = tl.where(target == ignore_index, 0.0, d)", "d = d",
+                                    "ignored"),
+    "one-hot dropped": ("- tl.where(hit, d[:, None], 0.0)", "", "sizes"),
+    "last class dropped": ("stop = tl.minimum(start + SPLIT, V)",
+                           "stop = tl.minimum(start + SPLIT, V - 1)", "sizes"),
+    "columns behind the last": ('s = tl.where(columns[None, :] < V, s, float("-inf"))', "s = s",
+                                "sizes"),
+    "parts not added up": ("if START:", "if False:", "sizes"),
+    "logsumexp's gradient dropped": ("if DLSE:", "if False:", "sizes"),
+}  # fmt: skip
+SUITES = {
+    "flash_attention": (FLASH, test_flash_attention),
+    "vq_nearest": (NEAREST, test_vq_nearest),
+    "decode_attention": (DECODE, test_decode_attention),
+    "draw": (DRAW, test_draw),
+    "rms_norm": (RMS_NORM, test_rms_norm),
+    "swiglu": (SWIGLU, test_swiglu),
+    "rotary": (ROTARY, test_rotary),
+    "linear_cross_entropy": (CROSS_ENTROPY, test_linear_cross_entropy),
+}
+ARGUMENTS = {"as_the_reference": (64, 20.0), "guidance": (3,)}  # of tests that are no checks
 
 
 def plant(monkeypatch, folder, op: str, text: str, replacement: str) -> None:
@@ -126,14 +208,16 @@ def plant(monkeypatch, folder, op: str, text: str, replacement: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op, mutations in MUTATIONS.items() for name in mutations]
+    ("op", "name"), [(op, name) for op, (mutations, _) in SUITES.items() for name in mutations]
 )
 def test_planted_bug_is_caught(op, name, monkeypatch, tmp_path):
-    text, replacement, check = MUTATIONS[op][name]
+    mutations, suite = SUITES[op]
+    text, replacement, check = mutations[name]
     plant(monkeypatch, tmp_path, op, text, replacement)
+    run = getattr(suite, f"check_{check}", None) or getattr(suite, f"test_{check}")
     try:
-        getattr(SUITES[op], f"check_{check}")("triton")
-    except AssertionError:
+        run("triton", *ARGUMENTS.get(check, ()))
+    except (AssertionError, pytest.fail.Exception):
         return
     pytest.fail("no check noticed")
 
