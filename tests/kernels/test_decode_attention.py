@@ -260,11 +260,11 @@ def check_long_cache(backend):
     for falling in (False, True):
         cache = poisoned(2, 700, 1, 16)
         for row, used in enumerate((690, 333)):
-            ramp = torch.linspace(0, 8, used)[:, None, None]
+            ramp = torch.linspace(0, 3, used)[:, None, None]
             cache.k[row, :used] = torch.randn(used, 1, 16) * (ramp.flip(0) if falling else ramp)
             cache.v[row, :used] = torch.randn(used, 1, 16)
         cache.seqlens.copy_(torch.tensor([690, 333]))
-        step(backend, cache, *tokens(2, 1, 2, 1, 16))
+        step(backend, cache, *tokens(2, 3, 4, 1, 16))
 
 
 def check_one_by_one(backend):
