@@ -137,38 +137,23 @@ TABLE = {
             2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, SPLIT=1024, num_warps=8, num_stages=3),
             4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, SPLIT=1024, num_warps=4, num_stages=3),
         },
-        90: {
-            2: dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, SPLIT=1024, num_warps=8, num_stages=3),
-            4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, SPLIT=1024, num_warps=4, num_stages=3),
-        },
-        100: {
-            2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, SPLIT=1024, num_warps=8, num_stages=3),
-            4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, SPLIT=1024, num_warps=4, num_stages=3),
-        },
+        90: {2: dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, SPLIT=1024, num_warps=8, num_stages=3)},
+        100: {2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, SPLIT=1024, num_warps=8, num_stages=3)},
     },
     "linear_cross_entropy.logits": {
         80: {
             2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3),
             4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3),
         },
-        90: {
-            2: dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3),
-            4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3),
-        },
+        90: {2: dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)},
     },
     "linear_cross_entropy.product": {
         80: {
             2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3),
             4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3),
         },
-        90: {
-            2: dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3),
-            4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3),
-        },
-        100: {
-            2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3),
-            4: dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3),
-        },
+        90: {2: dict(BLOCK_M=256, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)},
+        100: {2: dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)},
     },
 }
 # Small tiles where kernels are interpreted: small problems cross their edges.
@@ -221,16 +206,19 @@ def row_bytes(x: Tensor) -> int:
 @functools.cache
 def _choose(kernel: str, device: int, size: int) -> dict[str, int]:
     major, minor = torch.cuda.get_device_capability(device)
-    tuned = _tuned(torch.cuda.get_device_name(device)).get(kernel, {})
-    return tuned.get(size) or lookup(kernel, 10 * major + minor, size)
+    tuned = read_tuned(path(torch.cuda.get_device_name(device)))
+    return lookup(kernel, 10 * major + minor, size, tuned.get(kernel, {}))
 
 
-def lookup(kernel: str, architecture: int, size: int) -> dict[str, int]:
-    """The shipped options."""
+def lookup(
+    kernel: str, architecture: int, size: int, tuned: dict[int, dict[str, int]] | None = None
+) -> dict[str, int]:
+    """The shipped options, but for the sizes that were ``tuned``."""
     sizes: dict[int, dict[str, int]] = {}
     for known, entries in sorted(TABLE[kernel].items()):
         if known <= architecture:
             sizes |= entries
+    sizes |= tuned or {}
     return sizes[min((s for s in sizes if s >= size), default=max(sizes))]
 
 
@@ -241,9 +229,16 @@ def path(device_name: str) -> Path:
 
 
 @functools.cache
-def _tuned(device_name: str) -> dict[str, dict[int, dict]]:
-    file = path(device_name)
+def read_tuned(file: Path) -> dict[str, dict[int, dict[str, int]]]:
+    """What ``t2i tune`` wrote: kernel -> size -> options; nothing where there is no file.
+
+    Raises:
+        ValueError: the file is no such thing.
+    """
     if not file.is_file():
         return {}
-    kernels = json.loads(file.read_text())
-    return {k: {int(size): c for size, c in sizes.items()} for k, sizes in kernels.items()}
+    try:
+        kernels = json.loads(file.read_text())
+        return {k: {int(size): c for size, c in sizes.items()} for k, sizes in kernels.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); delete it, and run t2i tune again") from None

@@ -24,6 +24,18 @@ def test_counts(architecture):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_what_is_worse():
+    import gpu_static
+
+    old = {"registers": 200, "spills": [2, 3], "shared": 100, "per_matrix": 3.0, "FMUL": 4}
+    assert gpu_static.worse(old, old) == []
+    assert gpu_static.worse(old | {"registers": 199, "spills": [0, 0]}, old) == []
+    for change in ({"registers": 201}, {"spills": [3, 3]}, {"per_matrix": 3.01}, {"FMUL": 5}):
+        (line,) = gpu_static.worse(old | change, old)
+        assert line.startswith(next(iter(change)))
+
+
 LISTING = """
         Function : kernel
         /*0000*/                   MOV R1, c[0x0][0x28] ;
