@@ -22,7 +22,8 @@ rounds, or as many as take it five seconds, three at least. Numbers are medians,
 distance of the quartiles, in % of the median.
 GFLOP/s count the products of the brute force, whatever an algorithm really does. A ratio above 1 is
 how much longer than ours a peer takes; **bold** is where a peer wins. Peaks, of fp32 multiply-adds
-out of registers and of reads from memory, are of the same run.
+out of registers and of reads from memory, are of the same run. Where it says AVX2, every library is
+restricted to that, as on machines that have no more.
 """
 
 
@@ -83,6 +84,7 @@ def read(file: Path) -> list[dict[str, Any]]:
         f"{threads} thread{'s' * (threads > 1)}, {cpu}, {about['instruction_set']}, peak "
         f"{peaks['gflops']:.0f} GFLOP/s and {peaks['gigabytes_per_second']:.0f} GB/s, "
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + f", by `{about['command']}`"
     )
     return [
         {
