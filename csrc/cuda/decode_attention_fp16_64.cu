@@ -1,0 +1,5 @@
+#include "decode_attention_instance.cuh"
+
+namespace t2i::cuda {
+template void launch_decode_attention<Element::fp16, 64, false>(const DecodeAttention&, void*);
+}

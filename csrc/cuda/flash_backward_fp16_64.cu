@@ -1,0 +1,5 @@
+#include "flash_backward_instance.cuh"
+
+namespace t2i::cuda {
+template void launch_flash_backward<Element::fp16, 64>(const FlashBackward&, void*);
+}

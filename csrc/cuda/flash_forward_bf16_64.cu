@@ -1,0 +1,5 @@
+#include "flash_forward_instance.cuh"
+
+namespace t2i::cuda {
+template void launch_flash_forward<Element::bf16, 64>(const FlashForward&, void*);
+}
