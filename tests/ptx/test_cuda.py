@@ -1,0 +1,144 @@
+"""The PTX that nvcc emits for csrc/cuda, inline assembly included, interpreted, against the fp64
+oracles of the operators' tests, and what it costs in bank conflicts and sectors.
+
+csrc/simt runs the same sources with every option. Interpreting is slower, so here are few calls:
+each source file, each branch of a loop (whole and masked tiles, softcap, scores that are computed
+again), edges of tiles on both sides, groups, packed and empty sequences.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cuda_ptx
+import interpreter
+import numpy as np
+import oracle
+import pytest
+import torch
+from parse import PtxError, parse
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+import test_flash_attention as flash  # noqa: E402
+
+MISSING = cuda_ptx.nvcc.missing()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+BF16, FP16 = torch.bfloat16, torch.float16
+LENGTHS_Q, LENGTHS_K = [70, 0, 5, 30], [66, 20, 5, 0]
+
+
+def attend(dim, dtype, lq, lk, heads=1, kv_heads=1, **options):
+    flash.compare("cuda", *flash.tensors(1, lq, lk, heads, kv_heads, dim, dtype=dtype), **options)
+
+
+def attend_rising(dtype):
+    """Scores above all before them: forward computes tiles again with their maxima."""
+    q, k, v = flash.tensors(1, 40, 150, 1, 1, 64, dtype=dtype)
+    k = torch.linspace(0, 30, 150).to(dtype)[None, :, None, None].expand(k.shape).contiguous()
+    flash.compare("cuda", torch.ones_like(q), k, v)
+
+
+def attend_packed(dim, dtype, lengths_q, lengths_k, **options):
+    """Each sequence is what it would be alone; some are empty, on either side."""
+    sizes = 1, sum(lengths_q), sum(lengths_k), 2, 1, dim
+    q, k, v = (t[0] for t in flash.tensors(*sizes, dtype=dtype))
+    dout, dlse = torch.randn(q.shape).to(dtype), torch.randn(2, len(q))
+    ends = dict(cu_seqlens_q=flash.pack(lengths_q), cu_seqlens_k=flash.pack(lengths_k))
+    got = flash.differentiate(flash.run("cuda"), q, k, v, dout, dlse, **ends, **options)
+
+    def alone(function, tensors):
+        q, k, v, dout, dlse = tensors
+        parts = []
+        split = (torch.arange(len(x)).split(n) for x, n in ((q, lengths_q), (k, lengths_k)))
+        for rows, keys in zip(*split, strict=True):
+            part = (t[None] for t in (q[rows], k[keys], v[keys], dout[rows], dlse[:, rows]))
+            plain = len(rows) and len(keys)  # else the plain formula has no answer
+            one = flash.differentiate(function if plain else exact, *part, **options)
+            parts.append([t[0] for t in one])
+        return [torch.cat(x, 1 if i == 1 else 0) for i, x in enumerate(zip(*parts, strict=True))]
+
+    call, exact = (q, k, v, dout, dlse), flash.run("reference")
+    plain = alone(oracle.plain_attention, call)
+    plain[1] = alone(oracle.plain_attention, [t.float() for t in call])[1]
+    flash.assert_right(got, alone(exact, [t.double() for t in call]), plain)
+
+
+# name: (architectures, call). What nvcc writes differs little by architecture, so that the newer
+# ones have one call of each size.
+CASES = {
+    "d 64 bf16 causal, groups": (
+        ("80",), lambda: attend(64, BF16, 140, 140, 2, 1, causal=True)
+    ),
+    "d 128 bf16 causal, more keys": (
+        ("80",), lambda: attend(128, BF16, 70, 140, 2, 1, causal=True)
+    ),
+    "d 64 fp16 window": (("80",), lambda: attend(64, FP16, 140, 70, window=(40, 9))),
+    "d 128 fp16 softcap": (("80",), lambda: attend(128, FP16, 70, 70, softcap=2.0)),
+    "d 64 bf16 softcap": (("80",), lambda: attend(64, BF16, 65, 63, softcap=1.0, causal=True)),
+    "d 64 bf16 packed": (
+        ("80",),
+        lambda: attend_packed(64, BF16, LENGTHS_Q, LENGTHS_K, causal=True, window=(60, -1)),
+    ),
+    "d 72 bf16, of 128": (("80",), lambda: attend(72, BF16, 33, 47, window=(-1, 20))),
+    "d 64 fp16 rising scores": (("80",), lambda: attend_rising(FP16)),
+    "d 64 bf16": (("90a", "100a"), lambda: attend(64, BF16, 70, 70, causal=True)),
+    "d 128 bf16": (("90a", "100a"), lambda: attend(128, BF16, 70, 70, causal=True)),
+}  # fmt: skip
+MOST = {"wavefronts": 1.05, "sectors": 1.02}  # by needed ones
+
+
+@pytest.fixture(autouse=True)
+def one_thread_one_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [(name, a) for name, (many, _) in CASES.items() for a in many]
+)
+def test_against_the_oracle(name, architecture):
+    with cuda_ptx.interpreted(architecture) as reports:
+        CASES[name][1]()
+    assert len(reports) == 4  # forward, and three kernels of backward
+    for kernel, report in reports:
+        for what, most in MOST.items():
+            ratio = report.ratio(what)
+            assert ratio <= most, f"{kernel}: {ratio:.3f}\n{report.offenders(what)}"
+
+
+@pytest.mark.parametrize(
+    ("direction", "left_out", "message"),
+    [
+        ("forward", "bar.sync", "race|not written"),
+        ("forward", "cp.async.wait_group", "in flight"),
+        ("forward", ".trans", "out is off"),
+        ("backward", "bar.sync", "race|not written"),
+        ("backward", "cp.async.wait_group", "in flight"),
+        ("backward", ".trans", "d[qkv] is off"),
+    ],
+)
+def test_what_is_left_out_is_missed(direction, left_out, message):
+    def change(text):
+        instead = "" if left_out == ".trans" else "//"
+        return text.replace(left_out, instead) if f"flash_{direction}_" in text else text
+
+    with cuda_ptx.interpreted(change=change):
+        with pytest.raises((PtxError, AssertionError), match=message):
+            attend(64, BF16, 70, 140)
+
+
+@pytest.mark.parametrize(
+    ("direction", "mirror"), [("forward", cuda_ptx.FORWARD), ("backward", cuda_ptx.BACKWARD)]
+)
+def test_structs_are_those_of_the_header(direction, mirror):
+    text = cuda_ptx.nvcc.compile(f"flash_{direction}_bf16_64.cu", "ptx", "80").read_text()
+    for kernel in parse(text).kernels.values():
+        assert kernel.params[0].size == mirror.itemsize
+    shorter = interpreter.Struct(np.zeros((), np.dtype(mirror.descr[:-1])), {})
+    with pytest.raises(PtxError, match=f"bytes, expected {mirror.itemsize}"):
+        args = [shorter, bytes(8)][: len(kernel.params)]
+        interpreter.launch(text, kernel.name, (1,), (32,), args)
