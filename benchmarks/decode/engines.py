@@ -31,22 +31,41 @@ class T2I:
     precisions = ("fp32", "bf16", "int8", "int4")
     packages = ("t2i", "torch")
 
+    def file(self, folder: Path, precision: str) -> Path:
+        return folder / f"t2i-{precision}.pt"
+
     def convert(self, folder: Path, precision: str) -> None:
-        pass
+        """Keeps integer weights: the search for the best int4 takes minutes where there are 10⁹."""
+        import torch
+
+        target = self.file(folder, precision)
+        if precision in ("int8", "int4") and not target.exists():
+            part = target.with_suffix(".part")
+            torch.save(self.pack(folder, precision), part)
+            os.replace(part, target)
+
+    def pack(self, folder: Path, precision: str) -> tuple[Any, Any]:
+        """(decoder, embedding)"""
+        from t2i.lm import build_lm
+        from t2i.lm.decoding import pack
+
+        lm = build_lm(None, folder).requires_grad_(False)
+        return pack(lm, precision, rows=slice(None)), lm.tok_embeddings.weight.data
 
     def load(self, folder: Path, precision: str, batch: int, threads: int) -> Generate:
         import torch
 
-        from t2i.lm import build_lm
-        from t2i.lm.decoding import pack
         from t2i_kernels import decode_step, draw, draw_tokens
+        from t2i_kernels.decode_step.decoder import allocate_weights
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        lm = build_lm(None, folder)
-        decoder = pack(lm, precision, rows=slice(None))
-        embedding = lm.tok_embeddings.weight
-        del lm  # of a large model there is room for one set of weights
+        file = self.file(folder, precision)
+        if file.exists():
+            decoder, embedding = torch.load(file, mmap=True, weights_only=False)
+            decoder.weights = allocate_weights(decoder.weights.numel()).copy_(decoder.weights)
+        else:
+            decoder, embedding = self.pack(folder, precision)
         shape = SHAPES[folder.name]
         prompt = torch.tensor(shape.prompts(batch))
         self.bytes = decoder.weights.numel()

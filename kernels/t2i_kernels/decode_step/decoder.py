@@ -105,7 +105,7 @@ class PackedDecoder:
             "down": (dim, ffn_dim),
         }
         total = len(layers) * sum(packed_bytes(*s, weight_type) for s in shapes.values())
-        weights = _allocate(total + packed_bytes(outputs, dim, weight_type))
+        weights = allocate_weights(total + packed_bytes(outputs, dim, weight_type))
         errors, at = {}, 0
 
         def put(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
@@ -183,7 +183,7 @@ class PackedDecoder:
         return KVCache(k, v, torch.zeros(batch, dtype=torch.int32), starts, k_scale, v_scale)
 
 
-def _allocate(size: int) -> Tensor:
+def allocate_weights(size: int) -> Tensor:
     """uint8 [size] at the start of a page, in large pages where the system gives them: a step reads
     all of it once, and would miss the TLB with every 4 KiB."""
     if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
