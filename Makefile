@@ -1,5 +1,5 @@
 # make demo      draw demo.png with the weights that ship in the repository
-# make test      run the tests
+# make test      run the tests; make -j2 test THREADS=1 runs both halves at once
 # make weights   make the shipped weights again: data, the trainings, evaluation. Hours; it can be
 #                interrupted, and goes on where it stopped
 # make fuzz      check ten million vectors of random problems for vq_nearest against fp64
@@ -7,13 +7,16 @@
 # make bench     measure the kernels beside their peers, half an hour: benchmarks/results/README.md
 # make bench-avx2   the same, all of them restricted to AVX2, as on machines without AVX-512
 # make gpu-check  on a machine with a GPU: the kernels' tests, and the kernels beside their peers
+# make cuda      install with the CUDA kernels: needs nvcc, but no GPU. T2I_BUILD=cuda keeps them
+#                when others of these commands follow
+# make cuda-static  compile the CUDA kernels, no GPU either: benchmarks/results/cuda_static.md
 # make gpu-static   compile the Triton kernels without a GPU: benchmarks/results/gpu_static.md
 # make bench-decode   measure decoding beside other engines, hours: benchmarks/results/decode.md
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
 # make clean     remove the environment and what the build left
 #
 # The environment is made once, and installed into again only where its inputs changed: the native
-# sources, or what is asked for by TORCH, T2I_BUILD (see setup.py) and CXX.
+# sources, or what is asked for by TORCH, T2I_BUILD, CXX, NVCC and T2I_CUDA_ARCHITECTURES (setup.py).
 #
 # TORCH is what pip is asked for. On Linux that is the CUDA build, which serves machines with and
 # without a GPU; without one, the CPU build does the same and is much smaller:
@@ -27,22 +30,29 @@ THREADS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml setup.py $(shell find csrc -type f)
 COMPILERS := $(foreach name,c++ g++ clang++,$(shell command -v $(name)))
-ASKED := torch $(TORCH), build $(T2I_BUILD), compilers $(CXX) $(COMPILERS)
+ASKED := torch $(TORCH), build $(T2I_BUILD), compilers $(CXX) $(COMPILERS), \
+	cuda $(NVCC) $(T2I_CUDA_ARCHITECTURES)
 
 T2I := $(VENV)/bin/t2i
 NAME := emoji64
 MODEL := t2i/pretrained/$(NAME)
 
-.PHONY: demo test fuzz sanitize weights bench bench-avx2 bench-decode gpu-check gpu-static install clean FORCE
+.PHONY: demo test test-cpu test-gpu fuzz sanitize weights bench bench-avx2 bench-decode cuda cuda-static gpu-check gpu-static install clean FORCE
 
 BENCH_THREADS ?= 1 2
 
 demo: $(VENV)/installed
 	$(T2I) demo
 
-test: $(VENV)/installed-test
-	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest
+test: test-cpu test-gpu
+
+test-cpu: $(VENV)/installed-test
+	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/python -m pytest --ignore tests/simt --ignore tests/ptx
+
+# GPU code without a GPU: Triton's in its interpreter, CUDA's on csrc/simt, and the PTX of both.
+test-gpu: $(VENV)/installed-test
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/kernels tests/t2i/test_tune.py -k triton
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/simt tests/ptx
 
 fuzz: $(VENV)/installed-test
 	$(VENV)/bin/python tests/kernels/fuzz_vq_nearest.py
@@ -87,6 +97,12 @@ bench-avx2: bench
 gpu-check: $(VENV)/installed-test
 	$(VENV)/bin/python benchmarks/gpu_check.py
 
+cuda:  # again, because ASKED has T2I_BUILD
+	T2I_BUILD=cuda $(MAKE) install
+
+cuda-static: $(VENV)/installed-test
+	$(VENV)/bin/python benchmarks/cuda_static.py
+
 gpu-static: $(VENV)/installed-test
 	$(VENV)/bin/python benchmarks/gpu_static.py
 
@@ -129,5 +145,5 @@ $(VENV)/installed-bench: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
-	rm -f kernels/t2i_kernels/libt2i_kernels.so kernels/t2i_kernels/_build_info.json
+	rm -f kernels/t2i_kernels/libt2i_kernels*.so kernels/t2i_kernels/_build_info.json
 	find kernels t2i tests -name __pycache__ -prune -exec rm -rf {} +

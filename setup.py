@@ -1,15 +1,18 @@
-"""Builds the native library of ``t2i_kernels``; everything else is in pyproject.toml.
+"""Builds the native libraries of ``t2i_kernels``; everything else is in pyproject.toml.
 
-One shared object with no Python in it (``libt2i_kernels.so``, beside the package) registers
-operators on torch's stable ABI: it serves every Python, and every torch from 2.13 on.
-``T2I_BUILD`` chooses:
+Shared objects with no Python in them (``libt2i_kernels.so`` and ``libt2i_kernels_cuda.so``, beside
+the package) register operators on torch's stable ABI: they serve every Python, and every torch from
+2.13 on, built for CUDA or not. ``T2I_BUILD`` chooses:
 
-    unset   native if torch's headers and a C++ compiler are there, else pure Python with a reason
+    unset   native if torch's headers and a C++ compiler are there, else pure Python with a reason;
+            with CUDA if nvcc is there and torch is built for CUDA
     cpu     native for the CPU, or an error
-    cuda    an error: this version has no CUDA sources
+    cuda    native for the CPU and for NVIDIA GPUs, or an error; needs nvcc, but no GPU
     0       pure Python
 
-``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` mean what they always do.
+``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` mean what they always do. ``NVCC`` is nvcc, which else is
+looked for on ``PATH``, under ``CUDA_HOME``, and among pip's packages (nvidia-cuda-nvcc).
+``T2I_CUDA_ARCHITECTURES`` is what is compiled; by default, of "80 90a 100a 120a", what nvcc knows.
 
 The choice depends on the tools present, never on the devices visible. ``_build_info.json``, beside
 the library, says what was built, how, or why not; ``t2i doctor`` shows it.
@@ -42,6 +45,7 @@ from setuptools.errors import SetupError
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "t2i_kernels"
 LIBRARY = "libt2i_kernels.so"
+CUDA_LIBRARY = "libt2i_kernels_cuda.so"
 BUILD_INFO = "_build_info.json"
 
 MINIMUM_TORCH = (2, 13)
@@ -73,6 +77,10 @@ PLAIN_SOURCES = [
     "csrc/bindings/decode_step_cpu.cpp",
     "csrc/bindings/draw_cpu.cpp",
 ]
+
+# sm_80 also as PTX: what is not in the list compiles that when it is loaded.
+CUDA_ARCHITECTURES = ("80", "90a", "100a", "120a")
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 WARNINGS = ["-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 COMMON_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
@@ -150,6 +158,20 @@ def find_compiler() -> list[str]:
     raise Unavailable("no C++ compiler was found: none of c++, g++, clang++ is on PATH")
 
 
+def find_nvcc() -> Path:
+    """nvcc: ``NVCC``, on PATH, under CUDA_HOME, or in a package of pip's."""
+    if os.environ.get("NVCC"):
+        if program := shutil.which(os.environ["NVCC"]):
+            return Path(program)
+        raise Unavailable(f"nvcc was not found: NVCC={os.environ['NVCC']!r} is no program")
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    packages = [str(p) for f in site_packages() for p in sorted(f.glob("nvidia/cu*/bin/nvcc"))]
+    for name in ("nvcc", f"{home}/bin/nvcc", *packages):
+        if program := shutil.which(name):
+            return Path(program)
+    raise Unavailable(f"nvcc was not found: neither on PATH, nor in {home}/bin, nor by pip")
+
+
 def extra_flags(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
@@ -168,6 +190,8 @@ def compile_jobs() -> int:
 
 class Toolchain:
     """A compiler, and a torch to build against. Raises Unavailable where one is missing."""
+
+    folders = ("csrc/cpu", "csrc/bindings")  # of sources
 
     def __init__(self, root: Path = ROOT):
         if not sys.platform.startswith("linux"):
@@ -231,10 +255,14 @@ class Toolchain:
         libraries = [f"-L{self.torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
         try:
             files = [*map(str, objects), "-o", str(partial)]
-            self.run("-shared", *extra_flags("LDFLAGS"), *files, *libraries)
+            self.run("-shared", *extra_flags("LDFLAGS"), *files, *libraries, *self.libraries())
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+
+    def libraries(self) -> list[str]:
+        """What is linked besides torch."""
+        return []
 
     def build(self, target: Path) -> None:
         """Compile every unit and link ``target``."""
@@ -245,13 +273,81 @@ class Toolchain:
     def key(self) -> str:
         """Changes with everything that the library is made of."""
         digest = hashlib.sha256()
-        for path in [Path(__file__), *sorted((self.root / "csrc").rglob("*"))]:
+        sources = [path for folder in self.folders for path in (self.root / folder).iterdir()]
+        for path in [Path(__file__), *sorted(sources)]:
             if path.is_file():
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         flags = extra_flags("CXXFLAGS"), extra_flags("LDFLAGS")
         made_by = (self.compiler, self.compiler_version, self.torch_version, *flags)
         digest.update(repr(made_by).encode())
         return digest.hexdigest()[:16]
+
+
+class CudaToolchain(Toolchain):
+    """The same with nvcc, for the other library."""
+
+    folders = ("csrc/cuda", "csrc/bindings")
+
+    def __init__(self, root: Path = ROOT):
+        super().__init__(root)
+        self.nvcc = find_nvcc()
+        release = re.search(r"release [\d.]+, V([\d.]+)", self.run_nvcc("--version"))
+        if not release:
+            raise Unavailable(f"{self.nvcc} does not say its version")
+        self.nvcc_version = release[1]
+        self.architectures = self.choose_architectures()
+
+    def choose_architectures(self) -> list[str]:
+        asked = os.environ.get("T2I_CUDA_ARCHITECTURES", "")
+        wrong = [name for name in asked.split() if not re.fullmatch(r"\d{2,3}[af]?", name)]
+        if wrong:
+            raise Unavailable(f"T2I_CUDA_ARCHITECTURES={asked!r}: expected names such as '80 90a'")
+        known = self.run_nvcc("--list-gpu-code").split()
+        default = [x for x in CUDA_ARCHITECTURES if f"sm_{x.rstrip('a')}" in known]
+        return asked.split() or default
+
+    def run_nvcc(self, *arguments: str | Path) -> str:
+        """nvcc's output, or Unavailable with the first lines of it."""
+        command = [str(self.nvcc), *map(str, arguments)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            message = "\n".join(done.stdout.splitlines()[:20])
+            raise Unavailable(f"nvcc failed: {shlex.join(command)}\n{message}")
+        return done.stdout
+
+    def units(self) -> list[tuple[str, str | None]]:
+        cuda, bindings = self.root / "csrc/cuda", self.root / "csrc/bindings"
+        sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), *bindings.glob("*_cuda.cpp")]
+        return [(str(path.relative_to(self.root)), None) for path in sorted(sources)]
+
+    def compile(self, source: str, capability: str | None, folder: Path) -> Path:
+        if not source.endswith(".cu"):
+            return super().compile(source, capability, folder)
+        target = folder / f"{Path(source).stem}.cu.o"
+        codes = [f"arch=compute_{name},code=sm_{name}" for name in self.architectures]
+        if "80" in self.architectures:
+            codes.append("arch=compute_80,code=compute_80")
+        generate = [word for code in codes for word in ("-gencode", code)]
+        host = [word for word in self.compiler if not word.startswith("-")][-1]  # of "ccache g++"
+        include = f"-I{self.root / 'csrc'}"
+        files = ["-ccbin", host, "-c", self.root / source, "-o", target]
+        self.run_nvcc(*NVCC_FLAGS, *generate, include, *files)
+        return target
+
+    def libraries(self) -> list[str]:
+        plan = self.run_nvcc("--dryrun", "-x", "cu", os.devnull)
+        folders = re.findall(r'"-L([^"]+)"', plan)
+        top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+        if top:  # pip's nvcc names folders that its packages do not have
+            folders += [f"{top[1].strip()}/lib64", f"{top[1].strip()}/lib"]
+        for folder in folders:
+            if Path(folder, "libcudart_static.a").is_file():
+                return [f"{folder}/libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+        raise Unavailable(f"libcudart_static.a was not found in {', '.join(folders)}")
+
+    def key(self) -> str:
+        made_by = super().key(), self.nvcc_version, self.architectures
+        return hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
 
 
 @lru_cache(None)
@@ -263,16 +359,35 @@ def choose() -> tuple[Toolchain | None, str | None]:
     asked = os.environ.get("T2I_BUILD", "")
     if asked not in ("", "cpu", "cuda", "0"):
         raise SetupError(f"T2I_BUILD={asked!r}: expected 'cpu', 'cuda', '0', or unset")
-    if asked == "cuda":
-        raise SetupError("T2I_BUILD='cuda': this version has no CUDA sources; use 'cpu' or '0'")
     if asked == "0":
         return None, "it was built with T2I_BUILD=0"
     try:
         return Toolchain(), None
     except Unavailable as reason:
-        if asked == "cpu":
-            raise SetupError(f"T2I_BUILD='cpu': {reason}") from None
+        if asked in ("cpu", "cuda"):
+            raise SetupError(f"T2I_BUILD={asked!r}: {reason}") from None
         return None, str(reason)
+
+
+@lru_cache(None)
+def choose_cuda() -> tuple[CudaToolchain | None, str | None]:
+    """(toolchain, None) to build for NVIDIA GPUs, or (None, why not)."""
+    asked = os.environ.get("T2I_BUILD", "")
+    if asked in ("cpu", "0"):
+        return None, f"it was built with T2I_BUILD={asked}"
+    try:
+        if asked != "cuda" and not built_for_cuda(find_torch()[0]):
+            return None, "it was built beside a torch for the CPU: T2I_BUILD=cuda builds it anyway"
+        return CudaToolchain(), None
+    except Unavailable as reason:
+        if asked == "cuda":
+            raise SetupError(f"T2I_BUILD='cuda': {reason}") from None
+        return None, str(reason)
+
+
+def built_for_cuda(torch: Path) -> bool:
+    version = re.search(r"^cuda.*= '[\d.]+'", (torch / "version.py").read_text(), re.MULTILINE)
+    return version is not None
 
 
 class build_native(Command):  # noqa: N801 - setuptools names commands so
@@ -290,38 +405,32 @@ class build_native(Command):  # noqa: N801 - setuptools names commands so
         if self.editable_mode:
             package = ROOT / "kernels" / PACKAGE
         package.mkdir(parents=True, exist_ok=True)
-        toolchain, reason = choose()
-        if toolchain:
-            reason = self.build(toolchain, package)
-        if reason:
-            (package / LIBRARY).unlink(missing_ok=True)  # an earlier build's
-            write_json(package / BUILD_INFO, {"backend": None, "reason": reason})
-            self.warn(f"no native kernels: {reason}")
-
-    def build(self, toolchain: Toolchain, package: Path) -> str | None:
-        """Build unless it is up to date. Returns why it could not be built."""
-        library, record = package / LIBRARY, package / BUILD_INFO
-        key = toolchain.key()
-        if library.exists() and record.exists():
-            if json.loads(record.read_text()).get("key") == key:
-                return None
-        try:
-            toolchain.build(library)
-        except Unavailable as failure:
-            if os.environ.get("T2I_BUILD") == "cpu":
-                raise SetupError(f"T2I_BUILD='cpu': {failure}") from None
-            return str(failure)
-        info = {
-            "backend": "cpu",
-            "reason": None,
-            "torch": toolchain.torch_version,
-            "compiler": f"{shlex.join(toolchain.compiler)}: {toolchain.compiler_version}",
-            "flags": shlex.join([*COMMON_FLAGS, *KERNEL_FLAGS, *extra_flags("CXXFLAGS")]),
-            "capabilities": toolchain.capabilities,
-            "key": key,
-        }
+        record = package / BUILD_INFO
+        before = json.loads(record.read_text()) if record.exists() else {}
+        cpu, cuda = choose(), choose_cuda()  # what is asked for and missing is an error before work
+        info = self.build(*cpu, package / LIBRARY, before)
+        info["cuda"] = self.build(*cuda, package / CUDA_LIBRARY, before.get("cuda") or {})
         write_json(record, info)
-        return None
+
+    def build(self, toolchain: Toolchain | None, reason: str | None, library: Path,
+              before: dict) -> dict:  # fmt: skip
+        """Build unless it is up to date; returns what there is to know of it."""
+        if toolchain:
+            if library.exists() and before.get("key") == toolchain.key():
+                return before
+            try:
+                toolchain.build(library)
+                return describe(toolchain)
+            except Unavailable as failure:
+                if asked := os.environ.get("T2I_BUILD"):
+                    raise SetupError(f"T2I_BUILD={asked!r}: {failure}") from None
+                reason = str(failure)
+        library.unlink(missing_ok=True)  # an earlier build's
+        if library.name == LIBRARY:
+            self.warn(f"no native kernels: {reason}")
+        elif toolchain:
+            self.warn(f"no CUDA kernels: {reason}")
+        return {"backend": None, "reason": reason}
 
     # The rest of the protocol of setuptools.command.build.SubCommand.
 
@@ -329,17 +438,40 @@ class build_native(Command):  # noqa: N801 - setuptools names commands so
         files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
         return [str(path.relative_to(ROOT)) for path in files]
 
+    def files(self):
+        return [LIBRARY, BUILD_INFO, *[CUDA_LIBRARY] * (choose_cuda()[0] is not None)]
+
     def get_outputs(self):
         return list(self.get_output_mapping()) or [
-            str(Path(self.build_lib, PACKAGE, name)) for name in (LIBRARY, BUILD_INFO)
+            str(Path(self.build_lib, PACKAGE, name)) for name in self.files()
         ]
 
     def get_output_mapping(self):
         """What an editable install finds in the source tree."""
         if not self.editable_mode:
             return {}
-        files = [ROOT / "kernels" / PACKAGE / name for name in (LIBRARY, BUILD_INFO)]
+        files = [ROOT / "kernels" / PACKAGE / name for name in self.files()]
         return {str(Path(self.build_lib, PACKAGE, f.name)): str(f) for f in files if f.exists()}
+
+
+def describe(toolchain: Toolchain) -> dict:
+    info = {
+        "backend": "cpu",
+        "reason": None,
+        "torch": toolchain.torch_version,
+        "compiler": f"{shlex.join(toolchain.compiler)}: {toolchain.compiler_version}",
+        "flags": shlex.join([*COMMON_FLAGS, *KERNEL_FLAGS, *extra_flags("CXXFLAGS")]),
+        "capabilities": toolchain.capabilities,
+        "key": toolchain.key(),
+    }
+    if isinstance(toolchain, CudaToolchain):
+        info |= {
+            "backend": "cuda",
+            "compiler": f"{toolchain.nvcc}: {toolchain.nvcc_version}",
+            "flags": shlex.join(NVCC_FLAGS),
+            "capabilities": [f"sm_{name}" for name in toolchain.architectures],
+        }
+    return info
 
 
 def write_json(path: Path, value: dict) -> None:

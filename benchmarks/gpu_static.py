@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parent))
+import counts  # noqa: E402
 import sass  # noqa: E402
 
 from t2i_kernels import tuning  # noqa: E402
@@ -37,20 +38,6 @@ TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
     torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
 }  # fmt: skip
-
-# FlashAttention's main loops: its source of August 2026, nvcc 13.0, its own flags, bf16, even
-# shapes (FA2, sm_80), and a published build (FA3, sm_90a).
-# name: architecture, registers, spilled bytes stored and loaded, then per iteration and warp
-# instructions, matrix instructions, LDSM, EX2, FMUL.
-FLASH_ATTENTION = {
-    "FA2 forward, d 128, 128×64, 4 warps": (80, 255, (224, 244), 883, 256, 80, 68, 136),
-    "FA2 forward, d 64, 128×128, 4 warps": (80, 255, (284, 292), 1128, 256, 72, 132, 72),
-    "FA2 backward, d 128, 64×128, 8 warps": (80, 255, (64, 88), 977, 320, 144, 32, 36),
-    "FA2 backward, d 64, 128×128, 8 warps": (80, 255, (96, 104), 1282, 320, 144, 64, 68),
-    "FA2 split-KV decoding, d 128, 64×128, 4 warps": (80, 254, (0, 0), 976, 256, 136, 66, 68),
-    "FA3 forward, d 128, 128×128": (90, 168, (0, 0), 471, 16, 0, 66, 68),
-    "FA3 forward, d 64, 192×128": (90, 128, (0, 0), 428, 12, 0, 66, 36),
-}
 
 
 @dataclass(frozen=True)
@@ -228,32 +215,10 @@ def measure(case: Case, architecture: int) -> list[dict[str, Any]]:
             "spills": code.spills, "shared": binary.metadata.shared,
             "occupancy": code.occupancy(architecture, warps, binary.metadata.shared),
         }  # fmt: skip
-        loop = code.main
-        if loop:
-            row |= {
-                "instructions": loop.size, "matrix": loop.matrix,
-                "per_matrix": round(loop.per_matrix, 2), "LDSM": loop.count("LDSM"),
-                "EX2": loop.count("MUFU.EX2"), "FMUL": loop.count("FMUL", common=True),
-                "bounds": [round(x, 3) for x in loop.bounds(architecture) or ()],
-            }  # fmt: skip
+        row |= counts.of_loop(code.main, architecture)
         if row["registers"] >= rows.get(kernel.__name__, row)["registers"]:
             rows[kernel.__name__] = row
     return list(rows.values())
-
-
-def worse(new: dict, old: dict) -> list[str]:
-    """Counts of a row that are above those of an older one."""
-    found = []
-    for key in ("registers", "shared", "per_matrix", "FMUL", "LDSM"):
-        if new.get(key, 0) > old.get(key, 0):
-            found.append(f"{key} {old.get(key)} -> {new[key]}")
-    if sum(new["spills"]) > sum(old["spills"]):
-        found.append(f"spills {old['spills']} -> {new['spills']}")
-    return found
-
-
-def key(row: dict) -> tuple:
-    return row["case"], row["kernel"], row["architecture"]
 
 
 def main() -> None:
@@ -266,63 +231,23 @@ def main() -> None:
         for case in cases():
             rows += measure(case, architecture)
             print(f"sm_{architecture} {case.op}: {case.name}", flush=True)
-    if options.check:
-        sys.exit(check(rows))
     record = {"triton": triton.__version__, "command": "python benchmarks/gpu_static.py"}
-    RESULT.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
-    RESULT.with_suffix(".md").write_text(page(record | {"rows": rows}))
-
-
-def check(rows: list[dict]) -> str | None:
-    """What became worse than the committed rows, if anything did."""
-    record = json.loads(RESULT.read_text())
-    if record["triton"] != triton.__version__:
-        print(f"committed with triton {record['triton']}, this is {triton.__version__}: no verdict")
-        return None
-    old = {key(row): row for row in record["rows"]}
-    lines = [f"{key(row)}: {line}" for row in rows if key(row) in old
-             for line in worse(row, old[key(row)])]  # fmt: skip
-    lines += [f"{key(row)}: not in {RESULT.name}" for row in rows if key(row) not in old]
-    return "\n".join(lines) or None
+    record["rows"] = rows
+    if options.check:
+        sys.exit(counts.check(record, RESULT, "triton"))
+    RESULT.write_text(json.dumps(record, indent=1) + "\n")
+    RESULT.with_suffix(".md").write_text(page(record))
 
 
 def page(record: dict) -> str:
     lines = [
         "# Machine code of the Triton kernels\n",
         f"Made by `{record['command']}` with triton {record['triton']}, on a machine without a GPU."
-        " Nothing here is a time. Counts are of a warp and an iteration of the main loop; where a"
-        " branch may skip instructions (rescaling, for one), those are not in the instructions for"
-        " each matrix instruction and not in FMUL. The use of matrix units is **modelled** from the"
-        " clocks that each pipe is busy: if nothing overlapped, and if everything did"
-        " (benchmarks/sass.py). Spills are instructions; FlashAttention's are bytes.\n",
+        f" {counts.LEGEND}\n",
     ]
-    columns = ["kernel", "tile", "warps", "registers", "spills", "shared", "warps a multiprocessor",
-               "instructions", "matrix", "each", "LDSM / matrix", "EX2", "FMUL",
-               "matrix units"]  # fmt: skip
-    head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for architecture in dict.fromkeys(row["architecture"] for row in record["rows"]):
-        lines += [f"\n## sm_{architecture}\n", *head]
-        for name, (arch, regs, spills, size, matrix, ldsm, ex2, fmul) in FLASH_ATTENTION.items():
-            if arch == architecture:
-                cells = [f"*{name}*", "", "", regs, f"{spills[0]}/{spills[1]} B", "", "", size,
-                         matrix, f"{size / matrix:.2f}", f"{ldsm / matrix:.2f}", ex2, fmul,
-                         ""]  # fmt: skip
-                lines.append(f"| {' | '.join(map(str, cells))} |")
-        for row in record["rows"]:
-            if row["architecture"] != architecture:
-                continue
-            cells = [f"{row['case']}, {row['kernel'].removesuffix('_kernel')}",
-                     "×".join(map(str, row["blocks"].values())), row["warps"], row["registers"],
-                     "/".join(map(str, row["spills"])), f"{row['shared'] / 1024:.0f} KB",
-                     row["occupancy"]]  # fmt: skip
-            if "matrix" in row:
-                cells += [row["instructions"], row["matrix"], f"{row['per_matrix']:.2f}",
-                          f"{row['LDSM'] / row['matrix']:.2f}", row["EX2"], row["FMUL"],
-                          " to ".join(f"{x:.0%}" for x in row["bounds"])]  # fmt: skip
-            else:
-                cells += [""] * 7
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+    for row in record["rows"]:
+        row["name"] = f"{row['case']}, {row['kernel'].removesuffix('_kernel')}"
+    return "\n".join([*lines, *counts.tables(record["rows"])]) + "\n"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 MATRIX = ("HMMA", "IMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
@@ -51,16 +51,29 @@ PIPES = {
 
 @dataclass
 class Loop:
-    """An innermost loop with matrix instructions, for one iteration of one warp."""
+    """A loop with matrix instructions, for one iteration of one warp; loops inside run once."""
 
     counts: Counter  # of whole mnemonics
     skipped: Counter  # those that a branch inside the loop may jump over
+    # Of these, what is in a branch and in no other inside it.
+    branched: Counter = field(default_factory=Counter)
 
     def count(self, *names: str, common: bool = False) -> int:
         """Instructions of these kinds; ``common``: where branches skip what they can."""
         counts = self.counts - self.skipped if common else self.counts
         return sum(n for op, n in counts.items() if op.startswith("MUFU.") and op in names
                    or op.split(".")[0] in names)  # fmt: skip
+
+    def __add__(self, other: Loop) -> Loop:
+        return Loop(self.counts + other.counts, self.skipped + other.skipped,
+                    self.branched + other.branched)  # fmt: skip
+
+    def of_teams(self) -> Loop:
+        """The same where warps are two teams, each with branches of its own: what they go through
+        on average, so that branches inside those are the ones that may be skipped."""
+        half = Counter({op: n / 2 for op, n in self.branched.items()})
+        counts = Counter({op: n - half[op] for op, n in self.counts.items()})
+        return Loop(counts, self.skipped - self.branched)
 
     @property
     def size(self) -> int:
@@ -108,13 +121,12 @@ class Kernel:
     stack: int  # bytes a thread
     spills: tuple[int, int]  # instructions that store to and load from the stack
     shared: int  # bytes that are known when compiling
-    loops: list[Loop]
+    loops: list[Loop]  # the innermost ones
+    outer: list[Loop]
 
     @property
     def main(self) -> Loop | None:
-        """The leanest of the loops with most matrix instructions: the one that is not masked."""
-        most = max((loop.matrix for loop in self.loops), default=0)
-        return min((x for x in self.loops if x.matrix == most), key=lambda x: x.size, default=None)
+        return leanest(self.loops)
 
     def occupancy(self, architecture: int, warps: int, shared: int) -> int:
         """Warps of a multiprocessor that such blocks fill."""
@@ -123,6 +135,12 @@ class Kernel:
         blocks = min(pipes.registers // (rounded * warps), pipes.warps // warps,
                      pipes.shared // max(shared + 1024, 1))  # fmt: skip
         return blocks * warps
+
+
+def leanest(loops: list[Loop]) -> Loop | None:
+    """The leanest of those with most matrix instructions: the one that is not masked."""
+    most = max((loop.matrix for loop in loops), default=0)
+    return min((x for x in loops if x.matrix == most), key=lambda x: x.size, default=None)
 
 
 def read(cubin: Path) -> list[Kernel]:
@@ -152,23 +170,28 @@ def _kernel(name: str, registers: int, stack: int, shared: int, text: str) -> Ke
         if op.split(".")[0] == "BRA" and target and int(target[1], 16) in place:
             conditional = bool(condition) or bool(re.match(r"\s*!?U?P\d", rest))
             jumps.append((i, place[int(target[1], 16)], conditional))
-    back = [(to, at) for at, to, _ in jumps if to <= at]
-    innermost = [(a, b) for a, b in back if not any(a <= c and d <= b and (c, d) != (a, b)
-                                                    for c, d in back)]  # fmt: skip
+    back = sorted({(to, at) for at, to, _ in jumps if to <= at})
     ops = [op for _, _, op, _ in instructions]
-    loops = []
-    for a, b in sorted(set(innermost)):
-        skipped: set[int] = set()
+
+    def contain(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+        return outer[0] <= inner[0] and inner[1] <= outer[1] and inner != outer
+
+    def loop(first: int, last: int) -> Loop:
+        skipped: Counter = Counter()  # by how many branches
         for at, to, conditional in jumps:
-            if conditional and a <= at < to <= b:
-                skipped.update(range(at + 1, to))
-        # A prefetch or a product that may be skipped at the end of the loop is no exception.
-        skipped = {i for i in skipped if ops[i].split(".")[0] not in (*MATRIX, "LDGSTS", "LDSM")}
-        loop = Loop(Counter(ops[a : b + 1]), Counter(ops[i] for i in skipped))
-        if loop.matrix:
-            loops.append(loop)
+            region = range(at + 1, to)
+            # A prefetch or a product that may be skipped at the end of the loop is no exception.
+            usual = {"LDGSTS", "LDSM", *MATRIX} & {ops[i].split(".")[0] for i in region}
+            if conditional and first <= at < to <= last and not usual:
+                skipped.update(region)
+        branched = Counter(ops[i] for i, n in skipped.items() if n == 1)
+        return Loop(Counter(ops[first : last + 1]), Counter(ops[i] for i in skipped), branched)
+
+    inner = [x for x in back if not any(contain(x, y) for y in back)]
+    outer = [x for x in back if not any(contain(y, x) for y in back)]
+    loops, outer = ([x for x in (loop(*y) for y in z) if x.matrix] for z in (inner, outer))
     local = Counter(op.split(".")[0] for op in ops)
-    return Kernel(name, registers, stack, (local["STL"], local["LDL"]), shared, loops)
+    return Kernel(name, registers, stack, (local["STL"], local["LDL"]), shared, loops, outer)
 
 
 def _cuobjdump(option: str, file: Path) -> str:
@@ -192,7 +215,7 @@ def main(file: str, architecture: str = "80") -> None:
     for kernel in read(Path(file)):
         print(f"{kernel.name}: {kernel.registers} registers, {kernel.stack} B of stack, "
               f"{kernel.shared} B shared, spills {kernel.spills}")  # fmt: skip
-        for loop in kernel.loops:
+        for loop in kernel.loops + [x for x in kernel.outer if x not in kernel.loops]:
             short = Counter()
             for op, n in loop.counts.items():
                 short[op if op.startswith("MUFU") else op.split(".")[0]] += n

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from t2i_kernels import explain, native
+from t2i_kernels import cuda_backend, explain, native
 from t2i_kernels.registry import ops
 
 LIBRARIES = ("t2i", "torch", "triton", "numpy", "pillow", "safetensors", "tokenizers")
@@ -24,12 +24,13 @@ VARIABLES = ("T2I_BACKEND", "T2I_STRICT", "T2I_CPU_CAPABILITY", "OMP_NUM_THREADS
 
 
 def doctor(console: Console | None = None) -> None:
-    """Print versions, the machine, the native library, the operators' backends, and remedies."""
+    """Print versions, the machine, the native libraries, the operators' backends, and remedies."""
     console = console or Console()
     sections = {
         "Versions": versions(),
         "Machine": machine(),
         "Native library": native_library(),
+        "CUDA kernels": cuda_kernels(),
         **{op: backends(op) for op in ops()},
         "Optional packages": optional_packages(),
         "Missing": remedies() or [("nothing", "that this machine could use")],
@@ -94,6 +95,18 @@ def native_library() -> list[tuple[str, str]]:
         ("compiler", info["compiler"]),
         ("flags", info["flags"]),
         ("built against", f"torch {info['torch']}"),
+    ]
+
+
+def cuda_kernels() -> list[tuple[str, str]]:
+    if not cuda_backend.loaded():
+        return [("not loaded", cuda_backend.reason())]
+    info = cuda_backend.build_info()
+    return [
+        ("loaded", str(cuda_backend.LIBRARY)),
+        ("compiled for", ", ".join(info.get("capabilities") or ["what no record says"])),
+        ("nvcc", info.get("compiler") or "no record says"),
+        ("used", cuda_backend.reason() or "where an operator takes the call"),
     ]
 
 

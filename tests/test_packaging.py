@@ -15,8 +15,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from t2i_kernels import native
+from t2i_kernels import cuda_backend, native
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE", "csrc", "kernels", "t2i"]
@@ -127,7 +128,10 @@ def test_native_wheel_serves_every_python(tree):
     ("env", "message"),
     [
         ({"T2I_BUILD": "gpu"}, "T2I_BUILD='gpu': expected 'cpu', 'cuda', '0', or unset"),
-        ({"T2I_BUILD": "cuda"}, "T2I_BUILD='cuda': this version has no CUDA sources"),
+        (
+            {"T2I_BUILD": "cuda", "NVCC": "/nonexistent/nvcc"},
+            "T2I_BUILD='cuda': nvcc was not found: NVCC='/nonexistent/nvcc'",
+        ),
         ({"T2I_BUILD": "cpu", "CXX": "/nonexistent/c++"}, "T2I_BUILD='cpu': no C++ compiler"),
     ],
 )
@@ -135,6 +139,38 @@ def test_what_cannot_be_built_is_an_error(tree, env, message):
     done = run(BUILD, tree, **env)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def nvcc_or_skip(setup_module):
+    """The toolchain for CUDA kernels."""
+    try:
+        return setup_module.CudaToolchain()
+    except setup_module.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+CUDA = """
+import torch
+from t2i_kernels import cuda_backend
+print(cuda_backend.loaded(), torch.version.cuda)
+for name in ("flash_attention", "flash_attention_backward"):
+    print(torch._C._dispatch_has_kernel_for_dispatch_key(f"t2i::{name}.cuda", "CUDA"))
+"""
+
+
+def test_cuda_kernels_build_without_a_gpu(tree, setup_module):
+    """They load on a torch that is built for the CPU, too, and see its stable ABI alone."""
+    toolchain = nvcc_or_skip(setup_module)
+    toolchain.root, toolchain.architectures = tree, ["80"]
+    for source, _ in toolchain.units():  # one operator is enough
+        if not Path(source).name.startswith("flash_"):
+            (tree / source).unlink()
+    library = tree / "kernels/t2i_kernels/libt2i_kernels_cuda.so"
+    toolchain.build(library)
+    assert setup_module.describe(toolchain)["capabilities"] == ["sm_80"]
+    done = run(CUDA, tree, PYTHONPATH=str(tree / "kernels"))
+    assert done.stdout.split() == ["True", str(torch.version.cuda), "True", "True"], done.stderr
+    assert_stable_abi(library)
 
 
 def test_a_source_archive_has_what_a_build_needs(tree):
@@ -156,12 +192,12 @@ def test_a_library_that_was_built_loads():
     assert native.reason() is None
 
 
-@pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
-@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm to read libraries with")
-def test_the_library_sees_torch_through_its_stable_abi_alone():
-    """Anything else of torch may change with its next version."""
+def assert_stable_abi(library):
+    """It sees nothing else of torch, which may change with its next version."""
+    if shutil.which("nm") is None:
+        pytest.skip("there is no nm to read libraries with")
     listing = subprocess.run(
-        ["nm", "--demangle", "--dynamic", "--undefined-only", str(native.LIBRARY)],
+        ["nm", "--demangle", "--dynamic", "--undefined-only", str(library)],
         check=True,
         capture_output=True,
         text=True,
@@ -170,16 +206,51 @@ def test_the_library_sees_torch_through_its_stable_abi_alone():
     assert [line for line in listing.splitlines() if re.search(r"\b(at|c10|torch)::", line)] == []
 
 
+@pytest.mark.parametrize("module", [native, cuda_backend])
+def test_the_libraries_see_torch_through_its_stable_abi_alone(module):
+    if not module.LIBRARY.is_file():
+        pytest.skip(module.build_info()["reason"] or f"{module.LIBRARY} is missing")
+    assert_stable_abi(module.LIBRARY)
+
+
 # ---- setup.py's view of the machine -------------------------------------------------------------
 
 
 def test_torch_is_found_from_an_isolated_build(setup_module, monkeypatch):
     """pip hides the environment's packages from ``sys.path`` while it builds."""
-    import torch
-
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     folder, version = setup_module.find_torch()
     assert folder == Path(torch.__file__).parent and version == torch.__version__
+
+
+def test_nvcc_is_found(setup_module, monkeypatch, tmp_path):
+    """NVCC, PATH, CUDA_HOME, and pip's packages, in this order."""
+    places = {name: tmp_path / name / "bin/nvcc" for name in ("asked", "path", "home", "pip")}
+    places["pip"] = tmp_path / "pip/nvidia/cu13/bin/nvcc"
+    for program in places.values():
+        program.parent.mkdir(parents=True)
+        program.touch(mode=0o755)
+    monkeypatch.setattr(setup_module, "site_packages", lambda: [tmp_path / "pip"])
+    monkeypatch.setenv("NVCC", str(places["asked"]))
+    monkeypatch.setenv("PATH", str(places["path"].parent))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    for name in ("asked", "path", "home", "pip"):
+        assert setup_module.find_nvcc() == places[name]
+        places[name].unlink()
+        monkeypatch.delenv("NVCC", raising=False)
+    with pytest.raises(setup_module.Unavailable, match="nvcc was not found: neither on PATH"):
+        setup_module.find_nvcc()
+
+
+@pytest.mark.parametrize("asked", ["80;90a", "8.0", "sm_80"])
+def test_architectures_are_named_as_nvcc_names_them(setup_module, monkeypatch, asked):
+    toolchain = nvcc_or_skip(setup_module)
+    monkeypatch.setenv("T2I_CUDA_ARCHITECTURES", asked)
+    with pytest.raises(setup_module.Unavailable, match=re.escape(f"{asked!r}: expected names")):
+        toolchain.choose_architectures()
+    monkeypatch.delenv("T2I_CUDA_ARCHITECTURES")
+    monkeypatch.setattr(toolchain, "run_nvcc", lambda *args: "sm_80\nsm_90\n")
+    assert toolchain.choose_architectures() == ["80", "90a"]
 
 
 def test_jobs_are_bounded_by_cores_memory_and_choice(setup_module, monkeypatch):

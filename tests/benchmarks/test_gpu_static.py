@@ -24,15 +24,14 @@ def test_counts(architecture):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_what_is_worse():
-    import gpu_static
+    import counts
 
     old = {"registers": 200, "spills": [2, 3], "shared": 100, "per_matrix": 3.0, "FMUL": 4}
-    assert gpu_static.worse(old, old) == []
-    assert gpu_static.worse(old | {"registers": 199, "spills": [0, 0]}, old) == []
+    assert counts.worse(old, old) == []
+    assert counts.worse(old | {"registers": 199, "spills": [0, 0]}, old) == []
     for change in ({"registers": 201}, {"spills": [3, 3]}, {"per_matrix": 3.01}, {"FMUL": 5}):
-        (line,) = gpu_static.worse(old | change, old)
+        (line,) = counts.worse(old | change, old)
         assert line.startswith(next(iter(change)))
 
 
@@ -62,3 +61,13 @@ def test_reading():
     assert loop.count("MUFU.EX2") == loop.count("LDSM") == 1 and loop.count("MOV") == 0
     serial, overlap = loop.bounds(80)
     assert serial == 8 / (8 + 8) and overlap == 1.0
+
+
+def test_teams():
+    """Warps that each take one of two branches go through half of what both hold."""
+    import sass
+
+    (loop,) = sass._kernel("kernel", 32, 0, 0, LISTING).loops
+    loop = (loop + loop).of_teams()
+    assert loop.size == 12 and loop.matrix == 2
+    assert loop.count("FMUL", common=True) == 2 and loop.per_matrix == 6

@@ -56,10 +56,15 @@ def compare(backend, q, k, v, with_dlse=True, **options):
     if q.dtype != torch.float32:  # the logsumexp is fp32 whatever the inputs are
         plain_lse = oracle.plain_attention(q.float(), k.float(), v.float(), **options)[1]
         plain = plain[0], plain_lse, *plain[2:]
+    assert_right(got, exact, plain)
+
+
+def assert_right(got, exact, plain):
+    """(out, lse, dq, dk, dv) against the same of the plain formula."""
     names = "out", "logsumexp", "dq", "dk", "dv"
     # A backward pass takes exp(s − lse): the rounding of lse to fp32 is a relative error there.
     largest = exact[1][exact[1].isfinite()].abs().max().item() if exact[1].isfinite().any() else 0
-    fp32 = torch.finfo(torch.float32).eps / torch.finfo(q.dtype).eps
+    fp32 = torch.finfo(torch.float32).eps / torch.finfo(got[0].dtype).eps
     for name, *values in zip(names, got, plain, exact, strict=True):
         if name[0] == "d":
             assert_no_worse(name, *values, factor=3, rounding=1 + max(8, largest) * fp32)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from t2i import doctor
-from t2i_kernels import explain, native
+from t2i_kernels import cuda_backend, explain, native
 from t2i_kernels.registry import ops
 
 
@@ -40,6 +40,21 @@ def test_reports_the_library_or_why_there_is_none():
         assert str(native.LIBRARY) in text and native.cpu_capability() in text
     else:
         assert native.reason() in text
+
+
+def test_reports_the_cuda_kernels_or_why_there_are_none(monkeypatch):
+    section = report().split("CUDA kernels")[1]
+    if cuda_backend.loaded():
+        assert str(cuda_backend.LIBRARY) in section
+    else:
+        assert cuda_backend.reason() in section
+    built = {"capabilities": ["sm_80", "sm_90a"], "compiler": "/cuda/bin/nvcc: 13.0.88"}
+    monkeypatch.setattr(cuda_backend, "_reason", None)
+    monkeypatch.setattr(cuda_backend, "build_info", lambda: built)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    rows = dict(doctor.cuda_kernels())
+    assert rows["compiled for"] == "sm_80, sm_90a" and rows["nvcc"] == "/cuda/bin/nvcc: 13.0.88"
+    assert rows["used"] == "compiled, but this torch is built for the CPU"
 
 
 def missing(monkeypatch, reason, programs=()) -> dict[str, str]:

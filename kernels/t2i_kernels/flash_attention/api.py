@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import native, triton_backend
+from .. import cuda_backend, native, triton_backend
 from ..checks import check_groups, check_heads, check_indices, check_scores, default_scale
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
@@ -187,6 +187,16 @@ def _cpu_supports(q, k, v, *options) -> Reason:
     return None
 
 
+def _cuda_supports(q, k, v, *options) -> Reason:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"CUDA kernels are for bfloat16 and float16, q is {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > 128 or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return "head_dim is no multiple of 8 up to 128"
+    if options[-1] <= 0 and not options[-2]:
+        return "scale is not above 0, and there is no softcap"
+    return cuda_backend.runs_on("q", q)
+
+
 def _triton_supports(q, k, v, *options) -> Reason:
     if q.dtype == torch.float64:
         return "float64 is for the reference only"
@@ -203,6 +213,7 @@ LIBRARY.impl(
     reference.flash_attention_backward,
     "CompositeExplicitAutograd",
 )
+add_backend("cuda", cuda_backend.reason, _cuda_supports)
 add_backend("cpu", native.reason, _cpu_supports)
 add_backend("triton", triton_backend.reason, _triton_supports)
 triton_backend.implement("flash_attention", "flash_attention", "flash_attention_backward")

@@ -1,0 +1,48 @@
+"""The machine code of the CUDA kernels is no worse than the committed counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import cuda_static  # noqa: E402
+import nvcc  # noqa: E402
+
+
+@pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
+def test_counts():
+    command = [sys.executable, ROOT / "benchmarks/cuda_static.py", "--check"]
+    options = ["--architectures", "80", "--sources", "*_bf16_*.cu", "vq_nearest_[48].cu"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_page_is_of_the_record():
+    record = json.loads(cuda_static.RESULT.read_text())
+    assert cuda_static.RESULT.with_suffix(".md").read_text() == cuda_static.page(record)
+
+
+NAME = (
+    "_ZN3t2i4cuda20flash_forward_kernelINS0_18FlashForwardKernelINS_3ptx4Bf16ELi64ELb1EEEEEvNS0_"
+    "12FlashForwardE"
+)
+
+
+def test_names():
+    parsed = cuda_static.parse(NAME)
+    assert str(parsed) == "flash_forward<bf16, 64, true>"
+    assert parsed.shape.blocks == {"queries": 128, "keys": 128}
+
+
+def test_targets():
+    row = {"kernel": "flash_forward<bf16, 128, false>", "architecture": "80", "spills": [0, 0],
+           "per_matrix": 3.0, "FMUL": 4, "LDSM": 80, "matrix": 256, "bounds": [0.7, 1]}  # fmt: skip
+    assert all(met for _, _, met in cuda_static.verdicts([row]))
+    for change in ({"spills": [0, 1]}, {"per_matrix": 3.2}, {"LDSM": 81}, {"bounds": [0.6, 1]}):
+        assert [met for _, _, met in cuda_static.verdicts([row | change])].count(False) == 1
