@@ -119,7 +119,7 @@ struct FlashForwardKernel {
     }
   }
 
-  // scores = q kᵀ, as the dot product gives them; softcap and masks applied.
+  // scores = q kᵀ, as the dot product gives them, and with the softcap, if there is one, scaled.
   T2I_DEVICE static void score(Scores& scores, const Queries& queries, uint32_t q, uint32_t k,
                                const FlashForward& call) {
     T2I_UNROLL for (int d = 0; d < kDim / 16; ++d) {
