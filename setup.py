@@ -12,7 +12,8 @@ the package) register operators on torch's stable ABI: they serve every Python, 
 
 ``CXX``, ``CXXFLAGS`` and ``LDFLAGS`` mean what they always do. ``NVCC`` is nvcc, which else is
 looked for on ``PATH``, under ``CUDA_HOME``, and among pip's packages (nvidia-cuda-nvcc).
-``T2I_CUDA_ARCHITECTURES`` is what is compiled; by default, of "80 90a 100a 120a", what nvcc knows.
+``T2I_CUDA_ARCHITECTURES`` is what is compiled; by default, of "80 90a 100a 120a", what nvcc knows;
+sources with _sm90 in their name always are for 90a.
 
 The choice depends on the tools present, never on the devices visible. ``_build_info.json``, beside
 the library, says what was built, how, or why not; ``t2i doctor`` shows it.
@@ -324,8 +325,10 @@ class CudaToolchain(Toolchain):
         if not source.endswith(".cu"):
             return super().compile(source, capability, folder)
         target = folder / f"{Path(source).stem}.cu.o"
-        codes = [f"arch=compute_{name},code=sm_{name}" for name in self.architectures]
-        if "80" in self.architectures:
+        # Instructions of sm_90a are in no other's code.
+        architectures = ["90a"] if "_sm90" in target.name else self.architectures
+        codes = [f"arch=compute_{name},code=sm_{name}" for name in architectures]
+        if "80" in architectures:
             codes.append("arch=compute_80,code=compute_80")
         generate = [word for code in codes for word in ("-gencode", code)]
         host = [word for word in self.compiler if not word.startswith("-")][-1]  # of "ccache g++"

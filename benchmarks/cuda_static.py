@@ -69,6 +69,16 @@ def _flash_forward(this: Instantiation) -> Shape:
     return Shape(4, (queries + 3 * keys) * dim * 2 + 1024, dict(queries=queries, keys=keys))
 
 
+def _flash_forward_sm90(this: Instantiation) -> Shape:
+    (dim,), (softcap,) = this.numbers, this.flags
+    warpgroups, keys = 3 if dim == 64 and not softcap else 2, 128  # of queries
+    queries = 64 * warpgroups
+    # wgmma of 16 channels for the scores, of 16 keys for the values.
+    work = {"keys": keys / (dim // 16 + keys // 16)}
+    return Shape(4 * (warpgroups + 1), (queries + 4 * keys) * dim * 2 + 1024,
+                 dict(queries=queries, keys=keys), work=work)  # fmt: skip
+
+
 def _flash_backward_queries(this: Instantiation) -> Shape:
     (dim,) = this.numbers
     queries, keys = 64, 128 if dim == 64 else 64
@@ -76,9 +86,9 @@ def _flash_backward_queries(this: Instantiation) -> Shape:
 
 
 def _flash_backward_keys(this: Instantiation) -> Shape:
-    (dim,) = this.numbers
-    keys, queries, step = 128, 64, 64 if dim == 64 else 32
-    shared = 4 * queries * dim * 2 + 2 * keys * step * 2 + 2048
+    (dim,), (softcap,) = this.numbers, this.flags
+    keys, queries, step = 128, 64, 64 if dim == 64 else 16 if softcap else 32
+    shared = 4 * queries * dim * 2 + 2 * keys * step * 2 + 3072
     return Shape(8, shared, dict(keys=keys, queries=queries), teams=True,
                  steps=queries // step)  # fmt: skip
 
@@ -111,6 +121,7 @@ def _vq_search(this: Instantiation) -> Shape:
 # says, and no occupancy.
 SHAPES: dict[str, Callable[[Instantiation], Shape]] = {
     "flash_forward": _flash_forward,
+    "flash_forward_sm90": _flash_forward_sm90,
     "flash_backward_rows": _flash_backward_rows,
     "flash_backward_queries": _flash_backward_queries,
     "flash_backward_keys": _flash_backward_keys,
@@ -122,6 +133,7 @@ SHAPES: dict[str, Callable[[Instantiation], Shape]] = {
 def parse(mangled: str) -> Instantiation:
     names = [name[: int(n)] for n, name in re.findall(r"(?<!\d)(\d+)(?=([a-z]\w*))", mangled)]
     (kernel,) = (x.removesuffix("_kernel") for x in names if x.endswith("_kernel"))
+    kernel += "_sm90" * ("Sm90Kernel" in mangled)
     types = re.findall(r"\d(Bf16|Fp16)", mangled.split("Ev")[0])
     numbers, flags = re.findall(r"Li(\d+)E", mangled), re.findall(r"Lb([01])E", mangled)
     return Instantiation(kernel, tuple(dict.fromkeys(t.lower() for t in types)),
@@ -157,6 +169,7 @@ def row_of(code: sass.Kernel, architecture: str) -> dict[str, Any]:
 def measure(architecture: str, patterns: list[str]) -> list[dict[str, Any]]:
     """A row for each instantiation in these files of csrc/cuda."""
     sources = sorted({path.name for x in patterns for path in nvcc.SOURCES.glob(x)})
+    sources = [x for x in sources if "_sm90" not in x or architecture == "90a"]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         cubins = pool.map(lambda source: nvcc.compile(source, "cubin", architecture), sources)
         return [row_of(code, architecture) for cubin in cubins for code in sass.read(cubin)]
@@ -167,7 +180,7 @@ def measure(architecture: str, patterns: list[str]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Target:
-    """``value`` of a kernel's rows for sm_80 is at most ``bound``, or at least."""
+    """``value`` of a kernel's rows is at most ``bound``, or at least."""
 
     name: str
     kernel: str  # pattern of the rows' names
@@ -175,6 +188,7 @@ class Target:
     value: Callable[[dict], float]
     bound: float
     least: bool = False
+    architecture: str = "80"
 
     def met(self, row: dict) -> bool:
         value = self.value(row)
@@ -183,6 +197,10 @@ class Target:
 
 def ldsm_per_matrix(row: dict) -> float:
     return row["LDSM"] / row["matrix"]
+
+
+def per_128_keys(row: dict) -> float:
+    return row["per_matrix"] / row["work"]["keys"] * 128
 
 
 # "false": without a softcap, as FlashAttention was compiled.
@@ -204,6 +222,16 @@ TARGETS = [
            ldsm_per_matrix, 0.40),
     Target("G2", "flash_backward_(keys|queries)<.*128, false>",
            "instructions for each matrix instruction", lambda row: row["per_matrix"], 3.0),
+    Target("G3", "flash_forward_sm90<", "bytes of stack", lambda row: row["stack"], 0,
+           architecture="90a"),
+    Target("G3", "flash_forward_sm90<.*128, false>", "instructions for 128 keys, FlashAttention-3's",
+           per_128_keys, 471, architecture="90a"),
+    Target("G3", "flash_forward_sm90<.*128, false>", "instructions for 128 keys", per_128_keys, 410,
+           architecture="90a"),
+    Target("G3", "flash_forward_sm90<.*64, false>", "instructions for 128 keys, FlashAttention-3's",
+           per_128_keys, 428, architecture="90a"),
+    Target("G3", "flash_forward_sm90<.*64, false>", "instructions for 128 keys", per_128_keys, 395,
+           architecture="90a"),
     Target("G5", "decode_attention<", "instructions a byte of keys and values",
            lambda row: row["per_matrix"] / row["work"]["KV bytes"], 0.03),
     Target("G6", "vq_search<4>", "matrix instructions for 128 scores",
@@ -218,7 +246,7 @@ TARGETS = [
 def verdicts(rows: list[dict]) -> Iterator[tuple[Target, dict, bool]]:
     for target in TARGETS:
         for row in rows:
-            if row["architecture"] == "80" and re.match(target.kernel, row["kernel"]):
+            if row["architecture"] == target.architecture and re.match(target.kernel, row["kernel"]):
                 yield target, row, target.met(row)
 
 
@@ -230,7 +258,7 @@ def page(record: dict) -> str:
         "# Machine code of the CUDA kernels\n",
         f"Made by `{record['command']}` with nvcc {record['nvcc']}, on a machine without a GPU."
         f" {counts.LEGEND}\n",
-        "\n## Targets, for sm_80\n",
+        "\n## Targets: G3 for sm_90a, the others for sm_80\n",
         "| | kernel | what | bound | is | holds |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for target, row, met in verdicts(record["rows"]):

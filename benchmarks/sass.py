@@ -170,8 +170,28 @@ def _kernel(name: str, registers: int, stack: int, shared: int, text: str) -> Ke
         if op.split(".")[0] == "BRA" and target and int(target[1], 16) in place:
             conditional = bool(condition) or bool(re.match(r"\s*!?U?P\d", rest))
             jumps.append((i, place[int(target[1], 16)], conditional))
-    back = sorted({(to, at) for at, to, _ in jumps if to <= at})
     ops = [op for _, _, op, _ in instructions]
+    conditions = [condition for _, condition, _, _ in instructions]
+
+    def is_loop(first: int, last: int) -> bool:
+        """With products, and entered at its head alone: code that was moved out of the way, of
+        what waits, jumps back, too."""
+        if not any(op.split(".")[0] in MATRIX for op in ops[first : last + 1]):
+            return False
+        follow: dict[int, list[int]] = {}
+        for at, to, _ in jumps:
+            follow.setdefault(at, []).append(to)
+        always = {at for at, _, conditional in jumps if not conditional}
+        always |= {i for i, op in enumerate(ops) if op == "EXIT" and not conditions[i]}
+        found, todo = {first}, [0]
+        while todo:
+            at = todo.pop()
+            if at not in found and at < len(ops):
+                found.add(at)
+                todo += follow.get(at, []) + [at + 1] * (at not in always)
+        return last not in found or first == 0
+
+    back = sorted({(to, at) for at, to, _ in jumps if to <= at and is_loop(to, at)})
 
     def contain(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
         return outer[0] <= inner[0] and inner[1] <= outer[1] and inner != outer

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "device.h"
+
 namespace t2i::cuda {
 namespace {
 
@@ -32,6 +34,12 @@ void check_call(const FlashAttention& call) {
   check_rows("v", call.v, call.v_strides);
 }
 
+template <Element kElement, int kDim>
+void forward(const FlashForward& call, void* stream) {
+  const bool wgmma = compute_capability() == 90;
+  (wgmma ? launch_flash_forward_sm90<kElement, kDim> : launch_flash_forward<kElement, kDim>)(call, stream);
+}
+
 }  // namespace
 
 void flash_forward(const FlashForward& call, void* stream) {
@@ -42,9 +50,9 @@ void flash_forward(const FlashForward& call, void* stream) {
   if (call.batch == 0 || call.heads == 0 || call.length_q == 0) return;
   const bool wide = std::max(call.dim, call.value_dim) > 64;
   if (call.element == Element::bf16) {
-    (wide ? launch_flash_forward<Element::bf16, 128> : launch_flash_forward<Element::bf16, 64>)(call, stream);
+    (wide ? forward<Element::bf16, 128> : forward<Element::bf16, 64>)(call, stream);
   } else {
-    (wide ? launch_flash_forward<Element::fp16, 128> : launch_flash_forward<Element::fp16, 64>)(call, stream);
+    (wide ? forward<Element::fp16, 128> : forward<Element::fp16, 64>)(call, stream);
   }
 }
 

@@ -46,6 +46,8 @@ void flash_backward(const FlashBackward& call, void* stream);
 template <Element kElement, int kDim>
 void launch_flash_forward(const FlashForward& call, void* stream);
 template <Element kElement, int kDim>
+void launch_flash_forward_sm90(const FlashForward& call, void* stream);
+template <Element kElement, int kDim>
 void launch_flash_backward(const FlashBackward& call, void* stream);
 
 }  // namespace t2i::cuda

@@ -111,18 +111,38 @@ struct FlashBackwardKeys : FlashBackwardBase<Element, kDim, kSoftcap> {
   using typename Base::Layout, typename Base::Operand, typename Base::Sums;
   using Base::kBlocks, Base::kRows, Base::kWarpRows;
   static constexpr int kKeys = 128, kQueries = 64, kThreads = 256, kPairs = kKeys / kWarpRows;
-  static constexpr int kStep = kDim == 64 ? 64 : 32;  // queries whose scores are in registers
+  // Queries whose scores are in registers.
+  static constexpr int kStep = kDim == 64 ? 64 : kSoftcap ? 16 : 32;
   static constexpr int kTileBytes = kQueries * Layout::kRowBytes;
   static constexpr int kStageBytes = 2 * kTileBytes;      // a tile of q and one of dout
-  static constexpr int kNumbersBytes = kQueries * 4;      // log2_sum or minus_delta of a tile
+  static constexpr int kSumsBytes = kQueries * 4;         // log2_sum of a tile
+  static constexpr int kStartsBytes = kQueries * 8;       // minus_delta, as products begin with it
+  static constexpr int kNumbersBytes = kSumsBytes + kStartsBytes;
   static constexpr int kPassedBytes = kKeys * kStep * 2;  // P of a team
-  static constexpr int kSharedBytes = 2 * kStageBytes + 2 * kPassedBytes + 2 * 1024;
+  static constexpr int kSharedBytes = 2 * kStageBytes + 2 * kPassedBytes + 3 * 1024;
   using Scores = float[kBlocks][kStep / 8][4];
   using Packed = Operand[kStep / 16];
 
+  // With log2_sum and minus_delta of the first of the heads.
+  struct Kept : cuda::Kept {
+    static constexpr uint32_t kBytes = cuda::Kept::kBytes + 16;
+
+    T2I_DEVICE void write_numbers(const FlashBackward& call, int q_row) const {
+      const int64_t rows = int64_t(blockIdx.z) * call.heads + int(blockIdx.y) * call.group;
+      const int64_t at = rows * call.length_q + q_row;
+      ptx::store_shared_8(address + cuda::Kept::kBytes, reinterpret_cast<uint64_t>(call.log2_sum + at));
+      ptx::store_shared_8(address + cuda::Kept::kBytes + 8,
+                          reinterpret_cast<uint64_t>(call.minus_delta + at));
+    }
+    T2I_DEVICE const float* numbers(int i) const {
+      return reinterpret_cast<const float*>(ptx::load_shared_8(address + cuda::Kept::kBytes + 8 * i));
+    }
+  };
+
   struct Shared {
     uint32_t tiles;    // two stages; keys and values to begin with
-    uint32_t numbers;  // two stages, and as many zeros as a tile has
+    uint32_t numbers;  // two stages
+    uint32_t zeros;    // to begin with, too
     uint32_t passed;   // from team to team, two buffers
     Kept problem;
   };
@@ -135,30 +155,35 @@ struct FlashBackwardKeys : FlashBackwardBase<Element, kDim, kSoftcap> {
     return pair() * kWarpRows + r / 2 * 16 + r % 2 * 8 + threadIdx.x % kWarp / 4;
   }
 
+  // ``head`` of those that share the keys.
   T2I_DEVICE static void load_queries(const FlashBackward& call, const Shared& shared, int stage,
                                       int head, int first) {
-    const int q_row = shared.problem.q_row(), length_q = shared.problem.length_q();
+    const Kept kept = shared.problem;
     const uint32_t to = shared.tiles + stage * kStageBytes;
-    load_tile<kDim, kThreads, kQueries>(to, rows_of(call.q, call.q_strides, q_row, head),
-                                              int(call.q_strides.row * 2), first, length_q, call.dim);
+    load_tile<kDim, kThreads, kQueries>(to, kept.passing(0) + head * call.q_strides.head * 2,
+                                        int(call.q_strides.row * 2), first, kept.length_q(), call.dim);
     load_tile<kDim, kThreads, kQueries>(
-        to + kTileBytes, rows_of(call.dout, call.dout_strides, q_row, head),
-        int(call.dout_strides.row * 2), first, length_q, call.value_dim);
+        to + kTileBytes, kept.passing(1) + head * call.dout_strides.head * 2,
+        int(call.dout_strides.row * 2), first, kept.length_q(), call.value_dim);
     if (threadIdx.x < 2 * kQueries) {
-      const int row = threadIdx.x % kQueries;
-      const float* from = threadIdx.x < kQueries ? call.log2_sum : call.minus_delta;
-      from += (int64_t(blockIdx.z) * call.heads + head) * call.length_q + q_row + first + row;
-      ptx::copy_async_4(shared.numbers + stage * 2 * kNumbersBytes + threadIdx.x * 4, from,
-                        first + row < length_q);
+      const int row = threadIdx.x % kQueries, deltas = threadIdx.x / kQueries;
+      const float* from = kept.numbers(deltas) + int64_t(head) * call.length_q + first + row;
+      const uint32_t numbers = shared.numbers + stage * kNumbersBytes;
+      const bool inside = first + row < kept.length_q();
+      // Of queries x and y the product's lanes begin with x, y, x, y. Each half of a warp copies
+      // another half of that first, to other banks.
+      const uint32_t start = numbers + kSumsBytes + row / 2 * 16 + row / 16 % 2 * 8 + row % 2 * 4;
+      ptx::copy_async_4(deltas ? start : numbers + row * 4, from, inside);
+      if (deltas) ptx::copy_async_4(start ^ 8, from, inside);
     }
     ptx::copy_async_commit();
   }
 
   // To the next tile of queries.
-  T2I_DEVICE static void advance(int& head, int& first, Kept problem) {
+  T2I_DEVICE static void advance(int& head, int& first, int begin, int end) {
     first += kQueries;
-    if (first >= problem.end()) {
-      first = problem.begin();
+    if (first >= end) {
+      first = begin;
       ++head;
     }
   }
@@ -224,24 +249,21 @@ struct FlashBackwardKeys : FlashBackwardBase<Element, kDim, kSoftcap> {
     Shared shared;
     shared.tiles = arrays.take(2 * kStageBytes);
     shared.passed = arrays.take(2 * kPassedBytes);
-    shared.numbers = arrays.take(5 * kNumbersBytes + Kept::kBytes);
-    const uint32_t zeros = shared.numbers + 4 * kNumbersBytes;
-    shared.problem.address = zeros + kNumbersBytes;
-    if (threadIdx.x < kQueries) ptx::store_shared(zeros + threadIdx.x * 4, 0.0f);
-
-    // Queries from begin to end see any of the keys. Not even a tile's first rows are others: their
-    // gradients may be anything, and 0 · NaN is NaN.
-    const int last_key = min(problem.first + kKeys, problem.length_k) - 1;
-    problem.begin = max(problem.first - problem.right - problem.shift, 0);
-    problem.end = min(last_key + problem.left - problem.shift + 1, problem.length_q);
-    if (threadIdx.x == 0) shared.problem.write(problem);
+    shared.numbers = arrays.take(2 * kNumbersBytes + kStep * 8 + Kept::kBytes);
+    shared.zeros = shared.numbers + 2 * kNumbersBytes;
+    shared.problem.address = shared.zeros + kStep * 8;
+    if (threadIdx.x < kStep * 2) ptx::store_shared(shared.zeros + threadIdx.x * 4, 0.0f);
+    if (threadIdx.x == 0) {
+      shared.problem.write(problem);
+      shared.problem.write_numbers(call, problem.q_row);
+    }
 
     Operand rows[kDim / 16];  // of this warp's keys or values
     load_tile<kDim, kThreads, kKeys>(
-        shared.tiles, rows_of(call.k, call.k_strides, problem.k_row, problem.kv_head),
+        shared.tiles, rows_of(call.k, call.k_strides, problem.k_row, blockIdx.y),
         int(call.k_strides.row * 2), problem.first, problem.length_k, call.dim);
     load_tile<kDim, kThreads, kKeys>(
-        shared.tiles + kStageBytes, rows_of(call.v, call.v_strides, problem.k_row, problem.kv_head),
+        shared.tiles + kStageBytes, rows_of(call.v, call.v_strides, problem.k_row, blockIdx.y),
         int(call.v_strides.row * 2), problem.first, problem.length_k, call.value_dim);
     ptx::copy_async_commit();
     ptx::copy_async_wait<0>();
@@ -251,37 +273,33 @@ struct FlashBackwardKeys : FlashBackwardBase<Element, kDim, kSoftcap> {
     T2I_UNROLL for (int d = 0; d < kDim / 16; ++d) Base::load_operand(rows[d], rows_at, d);
     __syncthreads();  // all have theirs
 
-    int head = problem.kv_head * call.group, first = problem.begin;
-    if (problem.begin >= problem.end) head += call.group;
-    if (problem.begin < problem.end) load_queries(call, shared, 0, head, first);
+    const int begin = int(ptx::uniform(problem.begin)), end = int(ptx::uniform(problem.end));
+    int head = begin < end ? 0 : call.group, first = begin;
+    if (head < call.group) load_queries(call, shared, 0, head, first);
 
     const uint32_t columns_at = shared.tiles + team() * kTileBytes + Layout::b_offset(0);
     const uint32_t second_at = shared.tiles + (1 - team()) * kTileBytes + Layout::a_offset(0);
     Sums sums = {};
 
-    for (int stage = 0; head < (shared.problem.kv_head() + 1) * call.group; stage ^= 1) {
+    for (int stage = 0; head < call.group; stage ^= 1) {
       ptx::copy_async_wait<0>();
       __syncthreads();  // the tile is there, and all have done with the one before
       int next_head = head, next = first;
-      advance(next_head, next, shared.problem);
-      if (next_head < (shared.problem.kv_head() + 1) * call.group) {
+      advance(next_head, next, begin, end);
+      if (next_head < call.group) {
         load_queries(call, shared, stage ^ 1, next_head, next);
       }
       T2I_ROLLED for (int step = 0; step < kQueries; step += kStep) {
         const int thread = int(ptx::opaque(threadIdx.x));
         const uint32_t tile = stage * kStageBytes + step * Layout::kRowBytes;
-        const uint32_t numbers =
-            shared.numbers + stage * 2 * kNumbersBytes + step * 4 + thread % 4 * 8;
+        const uint32_t numbers = shared.numbers + stage * kNumbersBytes;
         const uint32_t passed = shared.passed +
                                 (unsigned(step) / kStep + stage * (kQueries / kStep)) % 2 * kPassedBytes +
                                 thread % (kThreads / 2) * 16;
-        const uint32_t start_at = team() ? numbers + kNumbersBytes : zeros + thread % 4 * 8;
+        const uint32_t starts = team() ? numbers + kSumsBytes + step * 8 : shared.zeros;
         float start[1][kStep / 8][4];
         T2I_UNROLL for (int n = 0; n < kStep / 8; ++n) {
-          const float2 two = ptx::load_shared_floats(start_at + n * 32);
-          const float2 again = ptx::load_shared_floats(start_at + n * 32);
-          start[0][n][0] = two.x, start[0][n][1] = two.y;
-          start[0][n][2] = again.x, start[0][n][3] = again.y;
+          ptx::load_shared_floats(start[0][n], starts + thread % 4 * 16 + n * 64);
         }
         Scores scores;
         const uint32_t columns = ptx::opaque(columns_at) + tile;
@@ -292,17 +310,21 @@ struct FlashBackwardKeys : FlashBackwardBase<Element, kDim, kSoftcap> {
         Packed p;
         if (team() == 0) {
           const Kept kept = shared.problem;
-          const int at_first = first + step + kept.shift(), at_last = at_first + kStep - 1;
-          const int first_key = kept.first();
-          const bool masked = first_key + kKeys - 1 > at_first + kept.right() ||
-                              first_key < at_last - kept.left();
+          const bool masked = kept.masked(first + step, first + step + kStep);
+          Packed slope;
           T2I_UNROLL for (int k = 0; k < kStep / 16; ++k) {
-            Operand slope;
-            exponentiate(scores, k, scale, numbers, p[k], slope);
-            if (masked) mask(p[k], slope, first + step + k * 16, kept);
+            exponentiate(scores, k, scale, numbers + step * 4 + thread % 4 * 8, p[k], slope[k]);
+          }
+          if (masked) {
+            T2I_UNROLL for (int k = 0; k < kStep / 16; ++k) {
+              mask(p[k], slope[k], first + step + k * 16, kept);
+            }
+          }
+          T2I_UNROLL for (int k = 0; k < kStep / 16; ++k) {
             T2I_UNROLL for (int m = 0; m < kBlocks; ++m) {
+              const auto& x = slope[k][m];
               ptx::store_shared_16(passed + (k * kBlocks + m) * kThreads / 2 * 16,
-                                   {slope[m][0], slope[m][1], slope[m][2], slope[m][3]});
+                                   {x[0], x[1], x[2], x[3]});
             }
           }
         }
@@ -313,14 +335,14 @@ struct FlashBackwardKeys : FlashBackwardBase<Element, kDim, kSoftcap> {
           Base::accumulate(sums, p[k], second + k * 16 * Layout::kRowBytes);
         }
       }
-      advance(head, first, shared.problem);
+      advance(head, first, begin, end);
     }
     __syncthreads();
 
     const Kept kept = shared.problem;
     const int row = kept.first() + pair() * kWarpRows;
     const Strides& strides = team() ? call.dk_strides : call.dv_strides;
-    const char* to = rows_of(team() ? call.dk : call.dv, strides, kept.k_row() + row, kept.kv_head());
+    const char* to = rows_of(team() ? call.dk : call.dv, strides, kept.k_row() + row, blockIdx.y);
     const float factor = team() ? call.scale : 1.0f;
     T2I_UNROLL for (int i = 0; i < kBlocks * kDim / 2; ++i) {
       sums[i % kBlocks][i / kBlocks / 4][i / kBlocks % 4] *= factor;
@@ -345,7 +367,7 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
   static constexpr int kStep = 32;  // keys whose scores are in registers
   static constexpr int kQueriesBytes = kQueries * Layout::kRowBytes;
   static constexpr int kKeysBytes = kKeys * Layout::kRowBytes;
-  static constexpr int kHeld = kDim == 64 ? 4 : 3;  // of q's 16s of columns, in registers
+  static constexpr int kHeld = kDim == 64 ? 4 : 2;  // of q's 16s of columns, in registers
   static constexpr int kSharedBytes = 2 * kQueriesBytes + 3 * kKeysBytes + 1024;
   using Scores = float[kBlocks][kStep / 8][4];
 
@@ -357,11 +379,10 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
     return first_row() + r / 2 * 16 + r % 2 * 8 + threadIdx.x % kWarp / 4;
   }
 
-  T2I_DEVICE static void load_keys(const void* tensor, const Strides& strides, int size, Kept problem,
+  T2I_DEVICE static void load_keys(const char* rows, const Strides& strides, int size, Kept kept,
                                    uint32_t to, int tile) {
-    load_tile<kDim, kThreads, kKeys>(
-        to, rows_of(tensor, strides, problem.k_row(), problem.kv_head()), int(strides.row * 2),
-        tile * kKeys, problem.length_k(), size);
+    load_tile<kDim, kThreads, kKeys>(to, rows, int(strides.row * 2), tile * kKeys, kept.length_k(),
+                                     size);
   }
 
   // x = p, times the derivative of the softcap, of scores
@@ -403,17 +424,11 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
     ptx::SharedArrays arrays;
     const uint32_t q_tile = arrays.take(2 * kQueriesBytes), do_tile = q_tile + kQueriesBytes;
     const uint32_t k_tiles = arrays.take(3 * kKeysBytes), v_tile = k_tiles + 2 * kKeysBytes;
-    const uint32_t log2_sum = arrays.take(2 * kQueries * 4 + Kept::kBytes);
-    const uint32_t minus_delta = log2_sum + kQueries * 4;
-    const Kept kept = {minus_delta + kQueries * 4};
+    const uint32_t log2_sum = arrays.take(3 * kQueries * 4 + Kept::kBytes);
+    const uint32_t starts = log2_sum + kQueries * 4;
+    const Kept kept = {starts + kQueries * 8};
     if (threadIdx.x == 0) kept.write(problem);
     __syncthreads();
-
-    // Keys that any of the queries sees.
-    const int last = min(problem.first + kQueries, problem.length_q) - 1;
-    const int begin = max(problem.first + problem.shift - problem.left, 0) / kKeys;
-    const int end_key = max(min(last + problem.shift + problem.right + 1, problem.length_k), 0);
-    const int end = (end_key + kKeys - 1) / kKeys;
 
     load_tile<kDim, kThreads, kQueries>(
         q_tile, rows_of(call.q, call.q_strides, problem.q_row, blockIdx.y),
@@ -421,8 +436,9 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
     load_tile<kDim, kThreads, kQueries>(
         do_tile, rows_of(call.dout, call.dout_strides, problem.q_row, blockIdx.y),
         int(call.dout_strides.row * 2), problem.first, problem.length_q, call.value_dim);
-    if (begin < end) {
-      load_keys(call.k, call.k_strides, call.dim, kept, k_tiles + begin % 2 * kKeysBytes, begin);
+    if (problem.begin < problem.end) {
+      load_keys(problem.passing[0], call.k_strides, call.dim, kept,
+                k_tiles + problem.begin % 2 * kKeysBytes, problem.begin);
     }
     ptx::copy_async_commit();
 
@@ -432,12 +448,17 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
           (int64_t(blockIdx.z) * call.heads + blockIdx.y) * call.length_q + problem.q_row + row;
       const bool inside = row < problem.length_q;
       ptx::store_shared(log2_sum + threadIdx.x * 4, inside ? call.log2_sum[at] : 0);
-      ptx::store_shared(minus_delta + threadIdx.x * 4, inside ? call.minus_delta[at] : 0);
+      // Of rows x and x + 8 the product's lanes begin with −delta as x, x, x + 8, x + 8.
+      const int block = threadIdx.x / 16, of_block = threadIdx.x % 16;
+      const float start = inside ? call.minus_delta[at] : 0;
+      const uint32_t to = starts + (block * 8 + of_block % 8) * 16 + of_block / 8 * 8;
+      ptx::store_shared_8(to, __float_as_uint(start) * 0x100000001ull);
     }
     const int first_of_half = half() * kKeys / 2;
     const uint32_t q_at = q_tile + Layout::a_offset(first_row());
     const uint32_t columns_at = k_tiles + Layout::b_offset(first_of_half);
     const uint32_t rows_at = k_tiles + Layout::a_offset(first_of_half);
+    const int begin = int(ptx::uniform(problem.begin)), end = int(ptx::uniform(problem.end));
     Operand held[kHeld];
     Sums sums = {};
     ptx::copy_async_wait<0>();
@@ -447,11 +468,11 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
     for (int tile = begin; tile < end; ++tile) {
       ptx::copy_async_wait<0>();
       __syncthreads();  // the keys are there, and all have done with the values before
-      load_keys(call.v, call.v_strides, call.value_dim, kept, v_tile, tile);
+      load_keys(kept.passing(1), call.v_strides, call.value_dim, kept, v_tile, tile);
       ptx::copy_async_commit();
       if (tile + 1 < end) {
-        load_keys(call.k, call.k_strides, call.dim, kept, k_tiles + (tile + 1) % 2 * kKeysBytes,
-                  tile + 1);
+        load_keys(kept.passing(0), call.k_strides, call.dim, kept,
+                  k_tiles + (tile + 1) % 2 * kKeysBytes, tile + 1);
       }
       ptx::copy_async_commit();
 
@@ -467,19 +488,14 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
           Base::template multiply<kStep>(p, d < kHeld ? held[d % kHeld] : loaded, k_columns, d, zeros);
         }
         exponentiate(p, scale, log2_sum);
-        const int first_key = tile * kKeys + first_of_half + step;
-        const int at_first = kept.first() + kept.shift();
-        if (first_key + kStep > min(at_first + kept.right() + 1, kept.length_k()) ||
-            first_key < at_first + kQueries - 1 - kept.left()) {
-          mask(p, first_key, kept);
-        }
+        if (kept.masked(tile, tile + 1)) mask(p, tile * kKeys + first_of_half + step, kept);
         if (step == 0) {
           ptx::copy_async_wait<1>();
           __syncthreads();  // the values are there
         }
         float start[kBlocks][1][4];
-        T2I_UNROLL for (int i = 0; i < 4 * kBlocks; ++i) {
-          start[i / 4][0][i % 4] = ptx::load_shared_float(minus_delta + row_of(i / 2) * 4);
+        T2I_UNROLL for (int m = 0; m < kBlocks; ++m) {
+          ptx::load_shared_floats(start[m][0], starts + (first_row() / 2 + m * 8 + threadIdx.x % kWarp / 4) * 16);
         }
         const uint32_t dout = ptx::opaque(q_at) + (do_tile - q_tile);
         const uint32_t v_columns =
@@ -582,8 +598,13 @@ __global__ void __launch_bounds__(Kernel::kThreads)
     flash_backward_keys_kernel(const __grid_constant__ FlashBackward call,
                                const __grid_constant__ Scale scale) {
   Problem problem;
-  problem.kv_head = blockIdx.y;
   if (!find_problem<Kernel::kKeys, true>(call, blockIdx.x, problem)) return;
+  const int head = blockIdx.y * call.group;
+  problem.passing[0] = rows_of(call.q, call.q_strides, problem.q_row, head);
+  problem.passing[1] = rows_of(call.dout, call.dout_strides, problem.q_row, head);
+  // Not even a tile's first rows are others than it needs: their gradients may be anything, and
+  // 0 · NaN is NaN.
+  problem.find_queries<Kernel::kKeys>();
   Kernel::run(call, scale, problem);
 }
 
@@ -592,11 +613,8 @@ template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads)
     flash_backward_queries_kernel(const __grid_constant__ FlashBackward call,
                                const __grid_constant__ Scale scale) {
-  // The last queries of a causal problem see most keys, so theirs come first.
-  const int tile = gridDim.x - 1 - blockIdx.x;
   Problem problem;
-  problem.kv_head = blockIdx.y / call.group;
-  if (!find_problem<Kernel::kQueries, false>(call, tile, problem)) return;
+  if (!find_queries_problem<Kernel::kQueries, Kernel::kKeys>(call, problem)) return;
   Kernel::run(call, scale, problem);
 }
 

@@ -43,61 +43,15 @@ struct FlashForwardKernel {
   using Probabilities = uint32_t[kBlocks][kStep / 16][4];  // packed: A operands of 16×16
   using Outputs = float[kBlocks][kDim / 8][4];
 
-  struct Problem : cuda::Problem {
-    const char *q, *k, *v;  // rows of the sequence and the head
-    // Tiles of keys that any of the queries sees; those from full to partial all of them see whole.
-    int begin, full, partial, end;
+  // With the base of each row: c times the maximum of its scores when that was last taken.
+  struct Kept : cuda::Kept {
+    static constexpr uint32_t kBytes = cuda::Kept::kBytes + 4 * kQueries;
 
-    T2I_DEVICE void find_keys() {
-      const int last = min(first + kQueries, length_q) - 1;
-      const int at_first = first + shift, at_last = last + shift;
-      const int seen = max(min(at_last + right + 1, length_k), 0);
-      const int seen_by_all = max(min(at_first + right + 1, length_k), 0);
-      begin = max(at_first - left, 0) / kKeys;
-      end = (seen + kKeys - 1) / kKeys;
-      full = min((max(at_last - left, 0) + kKeys - 1) / kKeys, end);
-      partial = max(min(seen_by_all / kKeys, end), full);
-    }
-  };
-
-  // The problem in shared memory while tiles of keys go by, since all registers are taken; and of each
-  // row the base: c times the maximum of its scores when that was last taken.
-  struct Kept {
-    static constexpr uint32_t kBases = 64, kBytes = kBases + 4 * kQueries;
-    uint32_t address;
-
-    T2I_DEVICE void write(const Problem& problem) const {
-      ptx::store_shared_8(address, reinterpret_cast<uint64_t>(problem.k));
-      ptx::store_shared_8(address + 8, reinterpret_cast<uint64_t>(problem.v));
-      const int fields[] = {problem.first, problem.length_q, problem.length_k, problem.shift,
-                            problem.left,  problem.right,    problem.q_row,    problem.full,
-                            problem.partial, problem.end};
-      T2I_UNROLL for (int i = 0; i < 10; ++i) {
-        ptx::store_shared(address + 16 + 4 * i, uint32_t(fields[i]));
-      }
-    }
-    T2I_DEVICE const void* k() const {
-      return reinterpret_cast<const void*>(ptx::load_shared_8(address));
-    }
-    T2I_DEVICE const void* v() const {
-      return reinterpret_cast<const void*>(ptx::load_shared_8(address + 8));
-    }
-    T2I_DEVICE int read(int i) const { return int(ptx::load_shared(address + 16 + 4 * i)); }
-    T2I_DEVICE int first() const { return read(0); }
-    T2I_DEVICE int length_q() const { return read(1); }
-    T2I_DEVICE int length_k() const { return read(2); }
-    T2I_DEVICE int shift() const { return read(3); }
-    T2I_DEVICE int left() const { return read(4); }
-    T2I_DEVICE int right() const { return read(5); }
-    T2I_DEVICE int q_row() const { return read(6); }
-    T2I_DEVICE int full() const { return read(7); }
-    T2I_DEVICE int partial() const { return read(8); }
-    T2I_DEVICE int end() const { return read(9); }
     T2I_DEVICE float base(int row) const {
-      return ptx::load_shared_float(address + kBases + 4 * row);
+      return ptx::load_shared_float(address + cuda::Kept::kBytes + 4 * row);
     }
     T2I_DEVICE void set_base(int row, float base) const {
-      ptx::store_shared(address + kBases + 4 * row, base);
+      ptx::store_shared(address + cuda::Kept::kBytes + 4 * row, base);
     }
   };
 
@@ -234,17 +188,18 @@ struct FlashForwardKernel {
     const uint32_t q_tile = shared.take(kQueries * Layout::kRowBytes);
     const uint32_t k_tiles = shared.take(2 * kTileBytes);
     const uint32_t v_tile = shared.take(kTileBytes);
-    const Kept kept = {shared.take(Kept::kBytes)};
+    const Kept kept = {{shared.take(Kept::kBytes)}};
     if (threadIdx.x == 0) kept.write(problem);
     kept.set_base(threadIdx.x, kNoKey);
     __syncthreads();
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const float c = (kSoftcap ? 1 : call.scale) * float(M_LOG2E);
 
-    load_tile<kDim, kThreads, kQueries>(q_tile, problem.q, int(call.q_strides.row * 2),
-                                        problem.first, problem.length_q, call.dim);
+    load_tile<kDim, kThreads, kQueries>(
+        q_tile, rows_of(call.q, call.q_strides, problem.q_row, blockIdx.y),
+        int(call.q_strides.row * 2), problem.first, problem.length_q, call.dim);
     if (problem.begin < problem.end) {
-      load_keys(problem.k, call.k_strides, call.dim, kept,
+      load_keys(problem.passing[0], call.k_strides, call.dim, kept,
                 k_tiles + problem.begin % 2 * kTileBytes, problem.begin);
     }
     ptx::copy_async_commit();
@@ -263,15 +218,15 @@ struct FlashForwardKernel {
     for (int tile = problem.begin; tile < kept.end(); ++tile) {
       ptx::copy_async_wait<0>();
       __syncthreads();  // the keys are there, and all have done with the values before
-      load_keys(kept.v(), call.v_strides, call.value_dim, kept, v_tile, tile);
+      load_keys(kept.passing(1), call.v_strides, call.value_dim, kept, v_tile, tile);
       ptx::copy_async_commit();
       if (tile + 1 < kept.end()) {
-        load_keys(kept.k(), call.k_strides, call.dim, kept,
+        load_keys(kept.passing(0), call.k_strides, call.dim, kept,
                   k_tiles + (tile + 1) % 2 * kTileBytes, tile + 1);
       }
       ptx::copy_async_commit();
 
-      const bool masked = tile < kept.full() || tile >= kept.partial();
+      const bool masked = kept.masked(tile, tile + 1);
       T2I_UNROLL for (int step = 0; step < kKeys; step += kStep) {
         const uint32_t keys = k_at + tile % 2 * kTileBytes + step * Layout::kRowBytes;
         Probabilities p;
@@ -322,21 +277,5 @@ struct FlashForwardKernel {
     }
   }
 };
-
-// grid: (tiles of queries, heads, batch)
-template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads)
-    flash_forward_kernel(const __grid_constant__ FlashForward call) {
-  // The last queries of a causal problem see most keys, so theirs come first.
-  const int tile = gridDim.x - 1 - blockIdx.x;
-  typename Kernel::Problem problem;
-  if (!find_problem<Kernel::kQueries, false>(call, tile, problem)) return;
-  const int head = blockIdx.y, kv_head = head / call.group;
-  problem.q = rows_of(call.q, call.q_strides, problem.q_row, head);
-  problem.k = rows_of(call.k, call.k_strides, problem.k_row, kv_head);
-  problem.v = rows_of(call.v, call.v_strides, problem.k_row, kv_head);
-  problem.find_keys();
-  Kernel::run(call, problem);
-}
 
 }  // namespace t2i::cuda

@@ -1,3 +1,4 @@
+#include "flash_forward.cuh"
 #include "flash_forward_instance.cuh"
 
 namespace t2i::cuda {

@@ -6,27 +6,54 @@
 
 namespace t2i::cuda {
 
-// A tile of queries, or of keys, of one head of one sequence.
+// A tile of queries, or of keys, of one head of one sequence, and what it needs of the others: a range
+// of keys, or of queries, whose tiles go by.
 struct Problem {
   int first;               // query or key
   int length_q, length_k;  // of this sequence
   int shift;               // query i stands at key i + shift
   int left, right;         // keys it sees before and behind that
   int q_row, k_row;        // where the sequence begins in the tensors
-  int kv_head;
-  int begin, end;  // of the queries that see one of a tile's keys
+  // A tile of queries needs tiles of keys from begin to end, and sees all of those from full to partial.
+  // A tile of keys needs queries from begin to end; those from full to partial see all of it.
+  int begin, full, partial, end;
+  const char* passing[2];  // rows of the head: of keys and values, or of queries and gradients
+
+  template <int kQueries, int kKeys>
+  T2I_DEVICE void find_keys() {
+    const int last = min(first + kQueries, length_q) - 1;
+    const int at_first = first + shift, at_last = last + shift;
+    const int seen = max(min(at_last + right + 1, length_k), 0);
+    const int seen_by_all = max(min(at_first + right + 1, length_k), 0);
+    begin = max(at_first - left, 0) / kKeys;
+    end = (seen + kKeys - 1) / kKeys;
+    full = min((max(at_last - left, 0) + kKeys - 1) / kKeys, end);
+    partial = max(min(seen_by_all / kKeys, end), full);
+  }
+
+  template <int kKeys>
+  T2I_DEVICE void find_queries() {
+    const int last = min(first + kKeys, length_k) - 1;
+    begin = max(first - right - shift, 0);
+    end = min(last + left - shift + 1, length_q);
+    full = first + kKeys - 1 - right - shift;
+    partial = first + left - shift + 1;
+  }
 };
 
 // The same in shared memory, while tiles go by: all registers are taken.
 struct Kept {
-  static constexpr uint32_t kBytes = 44;
+  static constexpr uint32_t kBytes = 64;
   uint32_t address;
 
   T2I_DEVICE void write(const Problem& problem) const {
     const int fields[] = {problem.first, problem.length_q, problem.length_k, problem.shift,
                           problem.left,  problem.right,    problem.q_row,    problem.k_row,
-                          problem.kv_head, problem.begin, problem.end};
-    T2I_UNROLL for (int i = 0; i < 11; ++i) ptx::store_shared(address + 4 * i, uint32_t(fields[i]));
+                          problem.begin, problem.full,     problem.partial,  problem.end};
+    T2I_UNROLL for (int i = 0; i < 12; ++i) ptx::store_shared(address + 4 * i, uint32_t(fields[i]));
+    T2I_UNROLL for (int i = 0; i < 2; ++i) {
+      ptx::store_shared_8(address + 48 + 8 * i, reinterpret_cast<uint64_t>(problem.passing[i]));
+    }
   }
   T2I_DEVICE int read(int i) const { return int(ptx::load_shared(address + 4 * i)); }
   T2I_DEVICE int first() const { return read(0); }
@@ -37,9 +64,15 @@ struct Kept {
   T2I_DEVICE int right() const { return read(5); }
   T2I_DEVICE int q_row() const { return read(6); }
   T2I_DEVICE int k_row() const { return read(7); }
-  T2I_DEVICE int kv_head() const { return read(8); }
-  T2I_DEVICE int begin() const { return read(9); }
-  T2I_DEVICE int end() const { return read(10); }
+  T2I_DEVICE int begin() const { return read(8); }
+  T2I_DEVICE int full() const { return read(9); }
+  T2I_DEVICE int partial() const { return read(10); }
+  T2I_DEVICE int end() const { return read(11); }
+  T2I_DEVICE const char* passing(int i) const {
+    return reinterpret_cast<const char*>(ptx::load_shared_8(address + 48 + 8 * i));
+  }
+  // Of tiles of keys, or of queries: whether some are not seen, or do not see.
+  T2I_DEVICE bool masked(int from, int to) const { return (from < full()) | (to > partial()); }
 };
 
 // Where a row of a head of this block's batch begins.
@@ -48,31 +81,40 @@ T2I_DEVICE const char* rows_of(const void* tensor, const Strides& strides, int r
          2 * (int(blockIdx.z) * strides.batch + row * strides.row + head * strides.head);
 }
 
-// The i-th tile of all sequences: (sequence, its tile), or sequence -1.
+// Of the tile-th tile of all sequences its first row; the result is its sequence, or -1. A warp looks
+// at 32 sequences at once.
 template <int kRows>
-T2I_DEVICE void find_tile(const int32_t* ends, int sequences, int tile, int& sequence, int& first) {
-  int before = 0;
-  for (sequence = 0; sequence < sequences; ++sequence) {
-    const int tiles = max(ends[sequence + 1] - ends[sequence] + kRows - 1, 0) / kRows;
-    if (tile < before + tiles) {
-      first = (tile - before) * kRows;
-      return;
+T2I_DEVICE int find_tile(const int32_t* ends, int sequences, int tile, int& first) {
+  const int lane = threadIdx.x % kWarp;
+  for (int before = 0, next = 0; next < sequences; next += kWarp) {
+    const int i = next + lane;
+    const int tiles = i < sequences ? max(ends[i + 1] - ends[i] + kRows - 1, 0) / kRows : 0;
+    int end = before + tiles;
+    T2I_UNROLL for (int n = 1; n < kWarp; n *= 2) {
+      const int of_lower = __shfl_up_sync(0xffffffffu, end - before, n);
+      if (lane >= n) end += of_lower;
     }
-    before += tiles;
+    const uint32_t beyond = __ballot_sync(0xffffffffu, tile < end);
+    if (beyond) {
+      const int found = __ffs(int(beyond)) - 1;
+      first = (tile - __shfl_sync(0xffffffffu, end - tiles, found)) * kRows;
+      return next + found;
+    }
+    before = __shfl_sync(0xffffffffu, end, kWarp - 1);
   }
-  sequence = -1;
+  return -1;
 }
 
-// The ``tile``-th problem, of kRows queries or keys, but for its head; false if there is none.
+// The ``tile``-th problem, of kRows queries or keys, but for what it needs; false if there is none.
 template <int kRows, bool kByKeys>
 T2I_DEVICE bool find_problem(const FlashAttention& call, int tile, Problem& problem) {
-  problem.q_row = problem.k_row = problem.begin = problem.end = 0;
+  problem.q_row = problem.k_row = 0;
   problem.first = tile * kRows;
   problem.length_q = call.length_q;
   problem.length_k = call.length_k;
   if (call.cu_q) {
-    int sequence;
-    find_tile<kRows>(kByKeys ? call.cu_k : call.cu_q, call.sequences, tile, sequence, problem.first);
+    const int32_t* ends = kByKeys ? call.cu_k : call.cu_q;
+    const int sequence = find_tile<kRows>(ends, call.sequences, tile, problem.first);
     if (sequence < 0) return false;
     // Ends that are no such thing are brought inside the tensors: nothing else is read.
     const int q_row = min(max(call.cu_q[sequence], 0), call.length_q);
@@ -87,6 +129,18 @@ T2I_DEVICE bool find_problem(const FlashAttention& call, int tile, Problem& prob
   problem.left = call.window_left < 0 ? kAll : call.window_left;
   problem.right = call.window_right < 0 ? kAll : call.window_right;
   return problem.first < (kByKeys ? problem.length_k : problem.length_q);
+}
+
+// A tile of queries of a head, and the keys that it needs.
+template <int kQueries, int kKeys>
+T2I_DEVICE bool find_queries_problem(const FlashAttention& call, Problem& problem) {
+  // The last queries of a causal problem see most keys, so theirs come first.
+  const int tile = gridDim.x - 1 - blockIdx.x, kv_head = blockIdx.y / call.group;
+  if (!find_problem<kQueries, false>(call, tile, problem)) return false;
+  problem.passing[0] = rows_of(call.k, call.k_strides, problem.k_row, kv_head);
+  problem.passing[1] = rows_of(call.v, call.v_strides, problem.k_row, kv_head);
+  problem.find_keys<kQueries, kKeys>();
+  return true;
 }
 
 }  // namespace t2i::cuda

@@ -44,6 +44,9 @@ T2I_DEVICE uint32_t opaque(uint32_t x) {
   return x;
 }
 
+// x, which all lanes have the same of, and the compiler knows it: in a register of the warp.
+T2I_DEVICE uint32_t uniform(uint32_t x) { return __reduce_min_sync(0xffffffffu, x); }
+
 // ---- Shared memory ------------------------------------------------------------------------------
 
 // Hands out dynamic shared memory. All threads take the same arrays in the same order.
@@ -408,12 +411,45 @@ T2I_DEVICE void wgmma_wait(T2I_ONLY_SITE) {
 #endif
 }
 
+// The same, and the compiler reads d, a result, no earlier.
+template <int kPending, int kRegisters>
+T2I_DEVICE void wgmma_wait(float (&d)[kRegisters] T2I_SITE) {
+#if defined(__CUDACC__)
+  wgmma_wait<kPending>();
+  T2I_UNROLL for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#else
+  (void)d;
+  simt::wgmma_wait(kPending, site);
+#endif
+}
+
+// Of a thread of this warpgroup, from now on: a multiple of 8. All of the block's have to be enough
+// for all; what one warpgroup gives back another can take.
+template <int kRegisters>
+T2I_DEVICE void give_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+T2I_DEVICE void take_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
 // An operand in rows of 128 bytes, whose 16-byte chunk c is at c ^ (row % 8); eight rows are aligned
 // to their 1024 bytes. ``stride``: bytes from eight rows to the next; ``leading``: from 64 columns to
 // the next.
 T2I_DEVICE uint64_t swizzled(uint32_t address, uint32_t stride = 1024, uint32_t leading = 16) {
   return uint64_t(1) << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 |
          (address & 0x3ffff) >> 4;
+}
+
+// The operand ``bytes`` further on, a multiple of 16. Its upper half stays a constant.
+T2I_DEVICE uint64_t advanced(uint64_t operand, uint32_t bytes) {
+  return operand >> 32 << 32 | uint32_t(uint32_t(operand) + (bytes >> 4));
 }
 
 #if defined(__CUDACC__)

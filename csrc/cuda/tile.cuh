@@ -50,7 +50,7 @@ T2I_DEVICE void load_tile(uint32_t to, const void* rows, int stride, int first, 
   using Layout = Tile<kDim>;
   constexpr int kRowsAtOnce = kThreads / Layout::kChunks;
   static_assert(kRowsAtOnce % 8 == 0, "a thread's chunk would not be the same in all its rows");
-  const uint32_t thread = ptx::opaque(threadIdx.x);
+  const uint32_t thread = ptx::opaque(threadIdx.x % kThreads);
   const int row = int(thread / Layout::kChunks), chunk = int(thread % Layout::kChunks);
   const char* from = static_cast<const char*>(rows) + int64_t(first + row) * stride + chunk * 16;
   const int left = length - first - row;

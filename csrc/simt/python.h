@@ -41,8 +41,11 @@ inline void bind(pybind11::module_& module) {
       .def_readonly("ideal", &LineCount::ideal);
   module.def(
       "configure",
-      [](Order order, uint64_t seed, unsigned preempt) { options = {order, seed, preempt}; },
-      py::arg("order") = Order::forward, py::arg("seed") = 1, py::arg("preempt") = 0);
+      [](Order order, uint64_t seed, unsigned preempt, int compute_capability) {
+        options = {order, seed, preempt, compute_capability};
+      },
+      py::arg("order") = Order::forward, py::arg("seed") = 1, py::arg("preempt") = 0,
+      py::arg("compute_capability") = 80);
   module.def("shared_counts", &shared_counts);
   module.def("clear_counts", &clear_counts);
   module.def("switches", [] { return switches; });

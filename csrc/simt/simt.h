@@ -49,6 +49,7 @@ struct Options {
   Order order = Order::forward;
   uint64_t seed = 1;     // of Order::random and of preempt
   unsigned preempt = 0;  // before one access in so many another thread goes on; 0: never
+  int compute_capability = 80;  // for launchers that choose by it
 };
 extern Options options;
 

@@ -49,6 +49,31 @@ LISTING = """
 """
 
 
+WAITING = """
+        Function : kernel
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R4 ;
+        /*0010*/              @!P0 BRA 0x0 ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0030*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8+0x8], R4 ;
+        /*0040*/              @!P0 BRA 0x80 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/               @P1 BRA 0x0 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8+0x8], R4 ;
+        /*0090*/              @!P0 BRA 0x80 ;
+        /*00a0*/                   BRA 0x50 ;
+"""
+
+
+def test_reading_loops_that_wait():
+    """Inside the loop, and moved behind it."""
+    import sass
+
+    kernel = sass._kernel("kernel", 168, 0, 0, WAITING)
+    (loop,) = kernel.loops
+    assert loop.size == 7 and loop.matrix == 1 and loop.per_matrix == 7
+
+
 def test_reading():
     """A loop, its common path, and what lies outside."""
     import sass

@@ -87,6 +87,8 @@ class Flash:
         element = "bf16" if call["element"] else "fp16"
         wide = 128 if max(call["dim"], call["value_dim"]) > 64 else 64
         source = f"flash_{direction}_{element}_{wide}.cu"
+        if kernel == "flash_forward_sm90":
+            source = source.replace("forward", "forward_sm90")
         text = nvcc.compile(source, "ptx", self.architecture).read_text()
         flags = () if kernel == "flash_backward_rows" else (bool(call["softcap"] > 0),)
         wanted = cuda_static.Instantiation(kernel, (element,), (wide,), flags)
@@ -117,8 +119,11 @@ class Flash:
         *batch, length, heads, _ = q.shape
         lse = torch.full((*batch, heads, length), math.nan)
         call = fill(FORWARD, tensors | dict(out=out, lse=lse), n)
-        tiles = length // 128 + (n["sequences"] if cu_q is not None else 1)
-        self.launch("forward", "flash_forward", (tiles, heads, n["batch"]), call)
+        kernel = "flash_forward" + "_sm90" * (self.architecture == "90a")
+        narrow = max(n["dim"], n["value_dim"]) <= 64 and n["softcap"] == 0
+        queries = 192 if kernel == "flash_forward_sm90" and narrow else 128
+        tiles = length // queries + (n["sequences"] if cu_q is not None else 1)
+        self.launch("forward", kernel, (tiles, heads, n["batch"]), call)
         return out, lse
 
     def flash_attention_backward(self, dout, dlse, q, k, v, out, lse, cu_q, cu_k, *options):

@@ -1701,8 +1701,10 @@ def launch(text: str, entry: str | None, grid: Sequence[int], block: Sequence[in
 def _bits(value, size: int) -> bytes:
     if value is None:
         return bytes(size)
-    if isinstance(value, (bytes, np.generic)):
-        return bytes(value).ljust(size, b"\0")
+    if isinstance(value, np.generic):
+        value = value.tobytes()
+    if isinstance(value, bytes):
+        return value.ljust(size, b"\0")
     if isinstance(value, float):
         return np.array(value, f"f{size}").tobytes()
     return (int(value) % (1 << 8 * size)).to_bytes(size, "little")

@@ -32,10 +32,10 @@ def attend(dim, dtype, lq, lk, heads=1, kv_heads=1, **options):
     flash.compare("cuda", *flash.tensors(1, lq, lk, heads, kv_heads, dim, dtype=dtype), **options)
 
 
-def attend_rising(dtype):
+def attend_rising(dtype, dim=64, length=150):
     """Scores above all before them: forward computes tiles again with their maxima."""
-    q, k, v = flash.tensors(1, 40, 150, 1, 1, 64, dtype=dtype)
-    k = torch.linspace(0, 30, 150).to(dtype)[None, :, None, None].expand(k.shape).contiguous()
+    q, k, v = flash.tensors(1, 40, length, 1, 1, dim, dtype=dtype)
+    k = torch.linspace(0, 30, length).to(dtype)[None, :, None, None].expand(k.shape).contiguous()
     flash.compare("cuda", torch.ones_like(q), k, v)
 
 
@@ -84,6 +84,14 @@ CASES = {
     "d 64 fp16 rising scores": (("80",), lambda: attend_rising(FP16)),
     "d 64 bf16": (("90a", "100a"), lambda: attend(64, BF16, 70, 70, causal=True)),
     "d 128 bf16": (("90a", "100a"), lambda: attend(128, BF16, 70, 70, causal=True)),
+    # The kernel with wgmma is another: several tiles of keys, each of its loops.
+    "wgmma, d 64 fp16 window": (("90a",), lambda: attend(64, FP16, 200, 390, 2, 1, window=(150, 0))),
+    "wgmma, d 128 bf16 causal": (("90a",), lambda: attend(128, BF16, 130, 390, causal=True)),
+    "wgmma, d 64 softcap": (("90a",), lambda: attend(64, BF16, 65, 150, softcap=1.0)),
+    "wgmma, d 128 rising": (("90a",), lambda: attend_rising(FP16, 128, 400)),
+    "wgmma, packed": (
+        ("90a",), lambda: attend_packed(64, BF16, LENGTHS_Q, LENGTHS_K, causal=True)
+    ),
 }  # fmt: skip
 MOST = {"wavefronts": 1.05, "sectors": 1.02}  # by needed ones
 

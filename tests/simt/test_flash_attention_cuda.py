@@ -23,12 +23,14 @@ TYPES = {torch.bfloat16: KERNELS.Element.bf16, torch.float16: KERNELS.Element.fp
 
 
 def schedule(order="forward", seed=1, preempt=0):
-    KERNELS.configure(getattr(KERNELS.Order, order), seed, preempt)
+    KERNELS.configure(getattr(KERNELS.Order, order), seed, preempt, schedule.compute_capability)
 
 
-@pytest.fixture(autouse=True)
-def in_order():
+@pytest.fixture(autouse=True, params=[80, 90], ids="sm_{}".format)
+def in_order(request):
+    """On GPUs for which there are different kernels."""
     torch.manual_seed(0)
+    schedule.compute_capability = request.param
     schedule()
 
 
@@ -294,7 +296,8 @@ def test_shared_memory_without_conflicts(line):
         q, k, v = tensors(1, 130, 130, 1, 1, dim)
         run(q, k, v, q, None)
     counts = [count for count in KERNELS.shared_counts() if count.line.startswith(line)]
-    assert counts
+    # wgmma reads by itself: tests/ptx counts what its kernel does besides.
+    assert counts or (line, schedule.compute_capability) == ("flash_forward", 90)
     for count in counts:
         assert count.wavefronts == count.ideal, count.line
 
