@@ -224,12 +224,12 @@ TARGETS = [
            "instructions for each matrix instruction", lambda row: row["per_matrix"], 3.0),
     Target("G3", "flash_forward_sm90<", "bytes of stack", lambda row: row["stack"], 0,
            architecture="90a"),
-    Target("G3", "flash_forward_sm90<.*128, false>", "instructions for 128 keys, FlashAttention-3's",
-           per_128_keys, 471, architecture="90a"),
+    Target("G3", "flash_forward_sm90<.*128, false>",
+           "instructions for 128 keys, FlashAttention-3's", per_128_keys, 471, architecture="90a"),
     Target("G3", "flash_forward_sm90<.*128, false>", "instructions for 128 keys", per_128_keys, 410,
            architecture="90a"),
-    Target("G3", "flash_forward_sm90<.*64, false>", "instructions for 128 keys, FlashAttention-3's",
-           per_128_keys, 428, architecture="90a"),
+    Target("G3", "flash_forward_sm90<.*64, false>",
+           "instructions for 128 keys, FlashAttention-3's", per_128_keys, 428, architecture="90a"),
     Target("G3", "flash_forward_sm90<.*64, false>", "instructions for 128 keys", per_128_keys, 395,
            architecture="90a"),
     Target("G5", "decode_attention<", "instructions a byte of keys and values",
@@ -246,7 +246,8 @@ TARGETS = [
 def verdicts(rows: list[dict]) -> Iterator[tuple[Target, dict, bool]]:
     for target in TARGETS:
         for row in rows:
-            if row["architecture"] == target.architecture and re.match(target.kernel, row["kernel"]):
+            of_it = re.match(target.kernel, row["kernel"])
+            if of_it and row["architecture"] == target.architecture:
                 yield target, row, target.met(row)
 
 

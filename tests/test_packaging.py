@@ -153,8 +153,7 @@ CUDA = """
 import torch
 from t2i_kernels import cuda_backend
 print(cuda_backend.loaded(), torch.version.cuda)
-for name in ("flash_attention", "flash_attention_backward"):
-    print(torch._C._dispatch_has_kernel_for_dispatch_key(f"t2i::{name}.cuda", "CUDA"))
+print(torch._C._dispatch_has_kernel_for_dispatch_key("t2i::vq_nearest_cuda", "CUDA"))
 """
 
 
@@ -163,13 +162,13 @@ def test_cuda_kernels_build_without_a_gpu(tree, setup_module):
     toolchain = nvcc_or_skip(setup_module)
     toolchain.root, toolchain.architectures = tree, ["80"]
     for source, _ in toolchain.units():  # one operator is enough
-        if not Path(source).name.startswith("flash_"):
+        if not Path(source).name.startswith("vq_nearest"):
             (tree / source).unlink()
     library = tree / "kernels/t2i_kernels/libt2i_kernels_cuda.so"
     toolchain.build(library)
     assert setup_module.describe(toolchain)["capabilities"] == ["sm_80"]
     done = run(CUDA, tree, PYTHONPATH=str(tree / "kernels"))
-    assert done.stdout.split() == ["True", str(torch.version.cuda), "True", "True"], done.stderr
+    assert done.stdout.split() == ["True", str(torch.version.cuda), "True"], done.stderr
     assert_stable_abi(library)
 
 

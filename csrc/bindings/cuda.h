@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/common.h"
+#include "cuda/tensor.h"
 
 namespace t2i {
 

@@ -410,22 +410,27 @@ def test_a_new_backend_is_one_registration():
     """From outside the package, with nothing in it changed."""
     program = """
 import torch
-from t2i_kernels import explain, registry, vq_nearest
-from t2i_kernels.vq_nearest import api
+from t2i_kernels import explain, registry, rms_norm
+from t2i_kernels.rms_norm import api
 
-def nearest(z, codebook, metric, return_distance, return_counts):
-    none = z.new_empty(0)
-    return torch.cdist(z, codebook).argmin(-1), none, none.long()
+def norm(x, weight, eps):
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
-api.add_backend("cuda", lambda: None, lambda z, *rest: None if z.dim() == 2 else "z is not 2-D")
-registry.LIBRARY.impl("vq_nearest.cuda", nearest, "CPU")
-z = torch.randn(5, 3)
-call = z, z, "l2"
-print(explain("vq_nearest", *call).chosen, vq_nearest(*call).tolist())
-print(explain("vq_nearest", z[0], z, "l2")[0].reason)
-torch.library.opcheck(torch.ops.t2i.vq_nearest.cuda, (*call, False, False))
+def norm_backward(dout, x, weight, eps):
+    with torch.enable_grad():
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        return torch.autograd.grad(norm(x, weight, eps), (x, weight), dout)
+
+api.add_backend("cuda", lambda: None, lambda x, *rest: None if x.dim() == 2 else "x is not 2-D")
+registry.LIBRARY.impl("rms_norm.cuda", norm, "CPU")
+registry.LIBRARY.impl("rms_norm_backward.cuda", norm_backward, "CPU")
+x, weight = torch.full((5, 3), 2.0), torch.ones(3)
+print(explain("rms_norm", x, weight, 0.0).chosen, rms_norm(x, weight, 0.0).unique().tolist())
+print(explain("rms_norm", x[0], weight, 0.0)[0].reason)
+call = torch.randn(5, 3, requires_grad=True), weight, 1e-5
+torch.library.opcheck(torch.ops.t2i.rms_norm.cuda, call)
 """
-    assert python(program) == ("cuda [0, 1, 2, 3, 4]\nz is not 2-D", "")
+    assert python(program) == ("cuda [1.0]\nx is not 2-D", "")
 
 
 def test_import_is_light():

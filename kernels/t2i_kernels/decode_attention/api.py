@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native, triton_backend
+from .. import cuda_backend, native, triton_backend
 from ..checks import (
     check_device,
     check_floating,
@@ -16,7 +16,7 @@ from ..checks import (
     default_scale,
 )
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
-from . import reference
+from . import cuda, reference
 from .cache import KVCache
 
 SCHEMA = (
@@ -219,6 +219,23 @@ def _cpu_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
     return None
 
 
+def _cuda_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"CUDA kernels are for bfloat16 and float16, q is {q.dtype}"
+    if q.shape[1] > 16:
+        return "there are more than 16 new tokens"
+    chunk = 16 // k_cache.element_size()
+    if q.shape[3] > 128 or q.shape[3] % chunk:
+        return f"head_dim is no multiple of {chunk} up to 128"
+    for cache in (k_cache, v_cache):
+        places = (*cache.stride()[:3], cache.storage_offset())
+        if cache.stride(3) != 1 or any(place % chunk for place in places):
+            return "the rows of the cache are not aligned to 16 bytes"
+        if cache.stride(1) >= 2**23:
+            return "the cache's tokens are 2^23 numbers or more apart"
+    return cuda_backend.runs_on("q", q)
+
+
 def _triton_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
     if q.dtype == torch.float64:
         return "float64 is for the reference only"
@@ -236,6 +253,8 @@ def _triton_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
 register_op("decode_attention", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("decode_attention.reference", reference.decode_attention, "CompositeExplicitAutograd")
+add_backend("cuda", cuda_backend.reason, _cuda_supports)
+LIBRARY.impl("decode_attention.cuda", cuda.decode_attention, "CUDA")
 add_backend("cpu", native.reason, _cpu_supports)
 add_backend("triton", triton_backend.reason, _triton_supports)
 triton_backend.implement("decode_attention", "decode_attention")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..triton_language import INTERPRETED, block, dot, round_to, rows_contiguous, squash
+from .counters import lend_counters
 from .reference import check_slots
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -457,7 +458,7 @@ def decode_attention(
     partial, counters = out, seqlens  # not used
     if splits > 1:
         partial = q.new_empty(results + results // dim * 2, dtype=torch.float32)
-        counters = _counters(q, rows * tiles)
+        counters = lend_counters(q, rows * tiles)
     if pairs:
         k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
     call = dict(
@@ -492,32 +493,3 @@ def _strides(name: str, t: Tensor | None) -> dict:
     strides = (0, 0, 0) if t is None else t.stride()[:3]
     names = f"stride_{name}b", f"stride_{name}t", f"stride_{name}h"
     return dict(zip(names, strides, strict=True))
-
-
-_IDLE: dict[tuple[int, int], Tensor] = {}  # by device and stream
-_UNUSED: dict[int, Tensor] = {}  # by device
-LENT = 2**16  # counters of a device that graphs can have
-
-
-def _counters(x: Tensor, size: int) -> Tensor:
-    """Zeros, which a launch leaves as it found them: none has to be cleared.
-
-    Launches in a stream follow each other and share them. A CUDA graph may be replayed beside
-    anything, so each launch in one has counters of its own, for good. When all LENT are gone, or
-    where no launch outside of graphs came first, its graph clears them at each replay.
-    """
-    if not x.is_cuda:
-        return x.new_zeros(size, dtype=torch.int32)
-    device = x.device.index
-    if torch.cuda.is_current_stream_capturing():
-        unused = _UNUSED.get(device)
-        if unused is None or len(unused) < size:
-            return x.new_zeros(size, dtype=torch.int32)
-        _UNUSED[device] = unused[size:]
-        return unused[:size]
-    if device not in _UNUSED:
-        _UNUSED[device] = x.new_zeros(LENT, dtype=torch.int32)
-    key = device, torch.cuda.current_stream(x.device).cuda_stream
-    if key not in _IDLE or len(_IDLE[key]) < size:
-        _IDLE[key] = x.new_zeros(max(size, 1024), dtype=torch.int32)
-    return _IDLE[key]

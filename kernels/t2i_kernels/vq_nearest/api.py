@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native, triton_backend
+from .. import cuda_backend, native, triton_backend
 from ..checks import check_device, check_floating
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
-from . import reference
+from . import cuda, reference
 
 SCHEMA = (
     "(Tensor z, Tensor codebook, str metric, bool return_distance, bool return_counts)"
@@ -121,6 +121,14 @@ def _cpu_supports(z, codebook, metric, return_distance, return_counts) -> Reason
     return None
 
 
+def _cuda_supports(z, codebook, metric, return_distance, return_counts) -> Reason:
+    if z.dtype == torch.float64 or codebook.dtype == torch.float64:
+        return "float64 is for the reference only"
+    if codebook.shape[1] > 128:
+        return "d is above 128"
+    return cuda_backend.runs_on("z", z)
+
+
 def _triton_supports(z, codebook, metric, return_distance, return_counts) -> Reason:
     if z.dtype == torch.float64 or codebook.dtype == torch.float64:
         return "float64 is for the reference only"
@@ -130,6 +138,8 @@ def _triton_supports(z, codebook, metric, return_distance, return_counts) -> Rea
 register_op("vq_nearest", _bind)
 add_backend("reference", lambda: None, lambda *call: None)
 LIBRARY.impl("vq_nearest.reference", reference.vq_nearest, "CompositeExplicitAutograd")
+add_backend("cuda", cuda_backend.reason, _cuda_supports)
+LIBRARY.impl("vq_nearest.cuda", cuda.vq_nearest, "CUDA")
 add_backend("cpu", native.reason, _cpu_supports)
 add_backend("triton", triton_backend.reason, _triton_supports)
 triton_backend.implement("vq_nearest", "vq_nearest")
