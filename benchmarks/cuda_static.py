@@ -112,7 +112,8 @@ def _vq_search(this: Instantiation) -> Shape:
     steps = -(-(3 * dim + 3) // 16)
     tile = 256 if steps == 1 else 128 if steps == 2 else 64 if steps <= 7 else 32
     vectors, pitch = 128 if steps <= 7 else 64, dim + 4 if dim // 4 % 2 == 0 else dim
-    shared = 3 * tile * steps * 32 + vectors * (pitch + 2) * 4 + 3072
+    stages = 3 if steps <= 13 else 2
+    shared = stages * tile * steps * 32 + vectors * (pitch + 2) * 4 + 3072
     return Shape(4, shared, dict(vectors=vectors, codes=tile), innermost=True,
                  work={"scores": 128 / steps})  # fmt: skip
 

@@ -3,6 +3,8 @@
 // A warpgroup copies keys and values to shared memory, two tiles of each ahead; two or three others
 // have 64 queries each and walk over the tiles, one in its softmax while another multiplies
 // (FlashAttention-3, arXiv 2407.08608). Probabilities stay in registers, where wgmma takes them from.
+// It copies by cp.async: 16 bytes each go to a place of their own, and bulk copies do that only with
+// tensor maps, which the driver makes.
 // With head_dim 128 a warpgroup also overlaps the two by itself, where registers allow: while values
 // are added up it takes the softmax of the next tile.
 //

@@ -242,7 +242,8 @@ struct VqSearch {
   // block m is 2 m + h below. Of each 8 codes it has 2 (l % 4) and the next.
   static constexpr int kBlocks = kSteps <= 7 ? 2 : 1, kRows = 2 * kBlocks;
   static constexpr int kVectors = kThreads / kWarp * 16 * kBlocks;  // of a block
-  static constexpr int kStages = 3;
+  // As many as the 99 KB allow that a block can have on sm_86, 89 and 120.
+  static constexpr int kStages = kSteps <= 13 ? 3 : 2;
   static constexpr int kTileBytes = Codes::kTileBytes;
   // Of a vector in shared memory: 16 bytes of eight in a row are in different banks.
   static constexpr int kPitch = kDim / 4 % 2 == 0 ? kDim + 4 : kDim;

@@ -28,6 +28,13 @@ def test_the_page_is_of_the_record():
     assert cuda_static.RESULT.with_suffix(".md").read_text() == cuda_static.page(record)
 
 
+def test_every_kernel_fits_every_gpu():
+    """sm_120 has least shared memory, as much as sm_86 and sm_89."""
+    rows = json.loads(cuda_static.RESULT.read_text())["rows"]
+    assert {row["architecture"] for row in rows} == {"80", "90a", "100a", "120a"}
+    assert [row["kernel"] for row in rows if row["occupancy"] == 0] == []
+
+
 NAME = (
     "_ZN3t2i4cuda20flash_forward_kernelINS0_18FlashForwardKernelINS_3ptx4Bf16ELi64ELb1EEEEEvNS0_"
     "12FlashForwardE"

@@ -66,7 +66,9 @@ def decode_attention(
 
     Raises:
         TypeError, ValueError: a wrong type, shape, device or option.
-        IndexError: a full cache, a negative start, a position outside the rotary table.
+        IndexError: a full cache, a negative start, a position outside the rotary table. On a GPU,
+            where nothing waits for the lengths, Triton's kernels stop with an assertion; those in
+            CUDA give such a row NaN, and leave its cache as it was.
         BackendError: the backend asked for cannot run the call.
     """
     call = _bind(
