@@ -247,9 +247,9 @@ TARGETS = [
 # Why a bound does not hold, read from the machine code.
 MISSED = [
     "G1, d 64: 256 HMMA, 128 each of EX2, FFMA and FADD, 64 F2FP, 64 LDSM, and 16 copies with an"
-    " address and a predicate each are 816 of 962 instructions, 3.19 for each HMMA. What could go is"
-    " FADD: products of P with a column of ones sum up, too. But they sum rounded probabilities, and"
-    " the log-sum-exp is held to fp32's exactness.",
+    " address and a predicate each are 816 of 962 instructions, 3.19 for each HMMA. FADD could go:"
+    " products of P with a column of ones are sums, too. But those are of rounded probabilities,"
+    " and the log-sum-exp is held to fp32's exactness.",
     "G5, int8: SHF, two LOP3 and two HADD2 widen 4 bytes of a lane to fp16, 0.039 instructions a"
     " byte and more than half of the loop. FlashAttention has no such cache to compare with.",
     "G5, 16 queries of d 64: twice the exponentials for the same bytes. The bound is meant for 8.",
