@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from t2i_kernels import cuda_backend, explain, native
+from t2i_kernels import cuda_backend, explain, native, triton_backend
 from t2i_kernels.registry import ops
 
 LIBRARIES = ("t2i", "torch", "triton", "numpy", "pillow", "safetensors", "tokenizers")
@@ -106,16 +106,24 @@ def cuda_kernels() -> list[tuple[str, str]]:
         ("loaded", str(cuda_backend.LIBRARY)),
         ("compiled for", ", ".join(info.get("capabilities") or ["what no record says"])),
         ("nvcc", info.get("compiler") or "no record says"),
-        ("used", cuda_backend.reason() or "where an operator takes the call"),
+        ("used", cuda_backend.reason() or no_device("cuda") or "where an operator takes the call"),
     ]
 
 
 def backends(op: str) -> list[tuple[str, str]]:
     """The backends of an operator in the order of choice, the chosen one marked."""
-    return [
-        (f"{'>' if row.chosen else ' '} {row.backend}", row.reason or "available")
-        for row in explain(op)
-    ]
+    rows = [(row.backend, row.reason or no_device(row.backend)) for row in explain(op)]
+    usable = [name for name, reason in rows if reason is None]
+    chosen = explain(op).chosen
+    chosen = chosen if chosen in usable else next(iter(usable), None)
+    return [(f"{'>' if name == chosen else ' '} {name}", reason or "available")
+            for name, reason in rows]  # fmt: skip
+
+
+def no_device(backend: str) -> str | None:
+    """What the choice, which wakes no device, knows only once there is a tensor on one."""
+    on_gpu = backend == "cuda" or (backend == "triton" and not triton_backend.INTERPRETED)
+    return "no device: torch finds no GPU" if on_gpu and not torch.cuda.is_available() else None
 
 
 def optional_packages() -> list[tuple[str, str]]:

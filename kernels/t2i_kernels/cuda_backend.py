@@ -56,11 +56,14 @@ def runs_on(name: str, x: Tensor) -> Reason:
     """None where kernels can run on x's device."""
     if not x.is_cuda:
         return f"{name} is on {x.device}"
-    return _reason_of(x.device.index or 0)
+    return reason_of(x.device.index or 0)
 
 
 @functools.cache
-def _reason_of(device: int) -> Reason:
+def reason_of(device: int) -> Reason:
+    """None where it can run kernels that need what sm_80 has."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here"
     capability = torch.cuda.get_device_capability(device)
     if capability < MINIMUM_CAPABILITY:
         return f"compute capability {capability} is below {MINIMUM_CAPABILITY}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -10,10 +9,10 @@ import os
 import torch
 from torch import Tensor
 
+from . import cuda_backend
 from .registry import LIBRARY, Reason
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-MINIMUM_CAPABILITY = (8, 0)  # bf16 and cp.async
 
 
 def reason() -> Reason:
@@ -29,21 +28,11 @@ def reason() -> Reason:
 def runs_on(name: str, x: Tensor) -> Reason:
     """None where kernels can run on x's device."""
     if x.is_cuda:
-        return _reason_of(x.device.index or 0)
+        return cuda_backend.reason_of(x.device.index or 0)
     if x.device.type == "cpu" and INTERPRETED:
         return None
     hint = "; TRITON_INTERPRET=1 interprets it there" if x.device.type == "cpu" else ""
     return f"{name} is on {x.device}{hint}"
-
-
-@functools.cache
-def _reason_of(device: int) -> Reason:
-    if not torch.cuda.is_available():
-        return "torch finds no GPU here"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MINIMUM_CAPABILITY:
-        return f"compute capability {capability} is below {MINIMUM_CAPABILITY}"
-    return None
 
 
 def implement(package: str, *functions: str) -> None:

@@ -55,6 +55,9 @@ def test_reports_the_cuda_kernels_or_why_there_are_none(monkeypatch):
     rows = dict(doctor.cuda_kernels())
     assert rows["compiled for"] == "sm_80, sm_90a" and rows["nvcc"] == "/cuda/bin/nvcc: 13.0.88"
     assert rows["used"] == "compiled, but this torch is built for the CPU"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dict(doctor.cuda_kernels())["used"] == "no device: torch finds no GPU"
 
 
 def missing(monkeypatch, reason, programs=()) -> dict[str, str]:
