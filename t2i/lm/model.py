@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2i_kernels import KVCache, decode_attention, flash_attention
+from t2i_kernels import (
+    KVCache,
+    decode_attention,
+    flash_attention,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 
 from .config import LMConfig
 
@@ -50,8 +58,15 @@ def _frequencies(channels: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, channels, 2).float() / channels)
 
 
+def fused(x: Tensor) -> bool:
+    """Whether to call the operators that save passes over memory: there are kernels for GPUs."""
+    return x.is_cuda
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Turn each pair of channels of x [..., L, H, D] by its angle; cos, sin fp32 [..., L, D/2]."""
+    if fused(x) and cos.dim() == 2:  # row i of the tables is for position i of every sequence
+        return rotary(x, cos, sin, interleaved=interleaved)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
         a, b = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
@@ -150,6 +165,27 @@ class TransformerLM(nn.Module):
         """fp32 logits [..., rows] of features [..., dim], multiplying only the rows asked for."""
         weight = self.output.weight if logits is None else self.output.weight[logits]
         return _wide(F.linear(features, weight))
+
+    def cross_entropy(
+        self, features: Tensor, targets: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """(smoothed, plain) cross entropy in nats of features [N, dim] and int64 targets [N], fp32
+        [N]. Smoothed is towards the uniform distribution (arXiv 1512.00567, section 7)."""
+        if fused(features):  # logits, the largest tensor of a training step, are never whole
+            device, weight = features.device.type, self.output.weight
+            autocast = torch.is_autocast_enabled(device)
+            x = features.to(torch.get_autocast_dtype(device) if autocast else features.dtype)
+            nll, lse = linear_cross_entropy(x, weight.to(x.dtype), targets, return_lse=True)
+            if label_smoothing:
+                mean = (_wide(x) * _wide(weight).mean(dim=0)).sum(dim=-1)
+        else:
+            logits = self.head(features)
+            nll = F.cross_entropy(logits, targets, reduction="none")
+            if label_smoothing:
+                lse, mean = logits.logsumexp(dim=-1), logits.mean(dim=-1)
+        if not label_smoothing:
+            return nll, nll
+        return (1 - label_smoothing) * nll + label_smoothing * (lse - mean), nll
 
     def allocate_cache(
         self,
@@ -385,7 +421,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(gate, up) if fused(x) else F.silu(gate) * up)
 
     def reset_parameters(self, depth: int) -> None:
         _init_linear(self.gate_up.weight, self.config)
@@ -454,7 +490,12 @@ def _prefix_embedding(config: LMConfig) -> ClassPrefix | CaptionPrefix | None:
 def _norm(config: LMConfig, channels: int) -> nn.Module:
     if config.norm == "layernorm":
         return nn.LayerNorm(channels, eps=config.norm_eps, bias=config.norm_bias)
-    return nn.RMSNorm(channels, eps=config.norm_eps)
+    return RMSNorm(channels, eps=config.norm_eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps) if fused(x) else super().forward(x)
 
 
 def _init_rows(weight: Tensor, config: LMConfig) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -157,17 +156,12 @@ class LMTask:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(smoothed, plain) cross entropy in nats of each token that is to be predicted, fp32 [N],
         and its kind. Only their positions go through the output layer."""
+        predicted = kinds[:, 1:] > 0
+        targets = tokens[:, 1:][predicted]
         with autocast(self.device, self.config.run.precision):
-            features = lm.features(tokens[:, :-1])
-            predicted = kinds[:, 1:] > 0
-            logits = lm.head(features[predicted])
-        targets, kinds = tokens[:, 1:][predicted], kinds[:, 1:][predicted]
-        nll = F.cross_entropy(logits, targets, reduction="none")
-        smoothed = nll
-        if smoothing:  # towards the uniform distribution (arXiv 1512.00567, section 7)
-            uniform = logits.logsumexp(dim=-1) - logits.mean(dim=-1)
-            smoothed = (1 - smoothing) * nll + smoothing * uniform
-        return smoothed, nll, kinds
+            features = lm.features(tokens[:, :-1])[predicted]
+            smoothed, nll = lm.cross_entropy(features, targets, smoothing)
+        return smoothed, nll, kinds[:, 1:][predicted]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

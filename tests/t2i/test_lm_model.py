@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from t2i.lm import LM_CONFIGS, LMConfig, TransformerLM
+from t2i_kernels import use_backend
 
 TINY = LMConfig(
     dim=32,
@@ -161,6 +162,30 @@ def test_every_parameter_gets_a_gradient(variant):
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     for name, parameter in lm.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_operators_for_gpus_change_nothing(variant, monkeypatch):
+    """Losses and gradients with them, here by their references, are those of PyTorch's own."""
+    lm = model(**VARIANTS[variant])
+    tokens, prefix = inputs(lm, batch=2, length=8)
+
+    def run() -> list[torch.Tensor]:
+        lm.zero_grad()
+        features = lm.features(tokens, prefix=prefix)[:, -8:-1].flatten(0, 1)
+        smoothed, nll = lm.cross_entropy(features, tokens[:, 1:].flatten(), 0.1)
+        smoothed.sum().backward()
+        if prefix is None:
+            packed = lm.features(tokens[:1], cu_seqlens=torch.tensor([0, 3, 8]).int())
+            packed.square().sum().backward()
+        return [smoothed.detach(), nll.detach(), *(p.grad.clone() for p in lm.parameters())]
+
+    with use_backend("reference"):
+        expected = run()
+        calls = []
+        monkeypatch.setattr("t2i.lm.model.fused", lambda x: calls.append(x) or True)
+        torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+    assert calls
 
 
 def test_dropout_acts_in_training_alone():
