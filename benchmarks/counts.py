@@ -34,6 +34,10 @@ COLUMNS = ["kernel", "tile", "warps", "registers", "spills", "shared", "warps a 
            "matrix units"]  # fmt: skip
 
 
+def name_of(architecture: int | str) -> str:
+    return str(architecture) if str(architecture).startswith("gfx") else f"sm_{architecture}"
+
+
 def of_loop(loop: Loop | None, architecture: int) -> dict[str, Any]:
     """What a row has of its main loop."""
     if loop is None:
@@ -82,7 +86,7 @@ def tables(rows: list[dict]) -> list[str]:
     """Lines of one table an architecture; rows have a ``name``."""
     lines = []
     for architecture in dict.fromkeys(row["architecture"] for row in rows):
-        lines += [f"\n## sm_{architecture}\n", f"| {' | '.join(COLUMNS)} |",
+        lines += [f"\n## {name_of(architecture)}\n", f"| {' | '.join(COLUMNS)} |",
                   "|---" * len(COLUMNS) + "|"]  # fmt: skip
         for name, (arch, regs, spills, size, matrix, ldsm, ex2, fmul) in FLASH_ATTENTION.items():
             if str(arch) == str(architecture).rstrip("a"):

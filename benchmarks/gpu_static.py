@@ -1,11 +1,11 @@
 """Compiles every shipped configuration of the Triton kernels for GPUs that need not be there, and
 writes what their machine code is made of: results/gpu_static.json and gpu_static.md.
 
-    python benchmarks/gpu_static.py [--architectures 80 90 100] [--check]
+    python benchmarks/gpu_static.py [--architectures 80 90 100 gfx942] [--check]
 
 A launcher runs on tensors without data ("meta") while its kernels are replaced by recorders: what
 is compiled is what a GPU would be given. ``--check`` compares with the committed file instead, and
-fails where a count became worse.
+fails where a count became worse. Of AMD's code only resources are counted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import target_info
 
 sys.path.insert(0, str(Path(__file__).parent))
 import counts  # noqa: E402
@@ -153,7 +155,7 @@ class Recorder:
         return launch
 
 
-def launches(case: Case, architecture: int, **options: Any) -> list[tuple[Any, dict]]:
+def launches(case: Case, architecture: int | str, **options: Any) -> list[tuple[Any, dict]]:
     """(kernel, arguments) of each launch; ``options`` go before the shipped ones."""
     module = importlib.import_module(f"t2i_kernels.{case.op}.triton")
     recorded: list = []
@@ -191,31 +193,58 @@ def compiled(kernel, arguments: dict[str, Any], target: GPUTarget):
         if isinstance(value, torch.Tensor) or (number and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes), target=target, options=options
-    )
+
+    def current_target():
+        return target
+
+    current_target.__triton_builtin__ = True  # kernels ask for it
+    with mock.patch.object(target_info, "current_target", current_target):
+        return triton.compile(
+            ASTSource(kernel, signature, constants, attributes), target=target, options=options
+        )
 
 
-def measure(case: Case, architecture: int) -> list[dict[str, Any]]:
+def target_of(architecture: int | str) -> GPUTarget:
+    if isinstance(architecture, str):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", architecture, 32)
+
+
+def of_amd(text: str, shared: int, warps: int) -> dict[str, Any]:
+    """What an assembly file for CDNA 3 says of resources. A compute unit has 64 KB, and four times
+    512 registers for a lane of up to 8 wavefronts (AMD Instinct MI300 ISA reference)."""
+    (registers,) = re.findall(r"\.vgpr_count:\s+(\d+)", text)
+    wavefronts = 4 * min(512 // max(-(-int(registers) // 8) * 8, 1), 8)
+    blocks = min(wavefronts // warps, (64 << 10) // max(shared, 1))
+    return {
+        "registers": int(registers), "occupancy": blocks * warps,
+        "spills": tuple(len(re.findall(rf"scratch_{x}_", text)) for x in ("store", "load")),
+    }  # fmt: skip
+
+
+def measure(case: Case, architecture: int | str) -> list[dict[str, Any]]:
     """A row for each kernel of a case: of several launches, the one with most registers."""
     rows: dict[str, dict[str, Any]] = {}
     seen = set()
     for kernel, arguments in launches(case, architecture):
-        binary = compiled(kernel, arguments, GPUTarget("cuda", architecture, 32))
+        binary = compiled(kernel, arguments, target_of(architecture))
         if binary.hash in seen:
             continue
         seen.add(binary.hash)
-        code = sass.read_bytes(binary.asm["cubin"])
-        warps = binary.metadata.num_warps
+        warps, shared = binary.metadata.num_warps, binary.metadata.shared
         row = {
             "case": f"{case.op}: {case.name}", "kernel": kernel.__name__,
             "architecture": architecture,
             "blocks": {k: v for k, v in arguments.items() if k in ("BLOCK_M", "BLOCK_N", "TILE")},
-            "warps": warps, "stages": binary.metadata.num_stages, "registers": code.registers,
-            "spills": code.spills, "shared": binary.metadata.shared,
-            "occupancy": code.occupancy(architecture, warps, binary.metadata.shared),
+            "warps": warps, "stages": binary.metadata.num_stages, "shared": shared,
         }  # fmt: skip
-        row |= counts.of_loop(code.main, architecture)
+        if isinstance(architecture, str):
+            row |= of_amd(binary.asm["amdgcn"], shared, warps)
+        else:
+            code = sass.read_bytes(binary.asm["cubin"])
+            row["registers"], row["spills"] = code.registers, code.spills
+            row["occupancy"] = code.occupancy(architecture, warps, shared)
+            row |= counts.of_loop(code.main, architecture)
         if row["registers"] >= rows.get(kernel.__name__, row)["registers"]:
             rows[kernel.__name__] = row
     return list(rows.values())
@@ -223,14 +252,15 @@ def measure(case: Case, architecture: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--architectures", nargs="+", default=["80", "90", "100", tuning.AMD])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     rows = []
-    for architecture in options.architectures:
+    for name in options.architectures:
+        architecture = int(name) if name.isdigit() else name
         for case in cases():
             rows += measure(case, architecture)
-            print(f"sm_{architecture} {case.op}: {case.name}", flush=True)
+            print(f"{counts.name_of(architecture)} {case.op}: {case.name}", flush=True)
     record = {"triton": triton.__version__, "command": "python benchmarks/gpu_static.py"}
     record["rows"] = rows
     if options.check:

@@ -189,7 +189,7 @@ def _kernel(name: str, registers: int, stack: int, shared: int, text: str) -> Ke
             if at not in found and at < len(ops):
                 found.add(at)
                 todo += follow.get(at, []) + [at + 1] * (at not in always)
-        return last not in found or first == 0
+        return last not in found
 
     back = sorted({(to, at) for at, to, _ in jumps if to <= at and is_loop(to, at)})
 

@@ -112,12 +112,17 @@ def cuda_kernels() -> list[tuple[str, str]]:
 
 def backends(op: str) -> list[tuple[str, str]]:
     """The backends of an operator in the order of choice, the chosen one marked."""
-    rows = [(row.backend, row.reason or no_device(row.backend)) for row in explain(op)]
-    usable = [name for name, reason in rows if reason is None]
-    chosen = explain(op).chosen
-    chosen = chosen if chosen in usable else next(iter(usable), None)
+    found = explain(op)
+    reasons = {row.backend: row.reason or no_device(row.backend) for row in found}
+    chosen = found.chosen
+    if chosen and reasons[chosen]:  # without a device
+        asked = os.environ.get("T2I_BACKEND")
+        usable = [name for name, reason in reasons.items() if reason is None and not asked]
+        chosen = usable[0] if usable else None
+        if chosen == "reference" and os.environ.get("T2I_STRICT") == "1":
+            chosen = None
     return [(f"{'>' if name == chosen else ' '} {name}", reason or "available")
-            for name, reason in rows]  # fmt: skip
+            for name, reason in reasons.items()]  # fmt: skip
 
 
 def no_device(backend: str) -> str | None:

@@ -172,6 +172,21 @@ def test_cuda_kernels_build_without_a_gpu(tree, setup_module):
     assert_stable_abi(library)
 
 
+def test_instructions_of_sm_90a_are_compiled_for_nothing_else(setup_module, monkeypatch):
+    toolchain, calls = nvcc_or_skip(setup_module), []
+    toolchain.architectures = ["80", "100a"]
+    monkeypatch.setattr(toolchain, "run_nvcc", lambda *words: calls.append(words))
+    for name in ("flash_forward_bf16_64", "flash_forward_sm90_bf16_64"):
+        toolchain.compile(f"csrc/cuda/{name}.cu", None, Path("folder"))
+    codes = [[word for word in call if str(word).startswith("arch=")] for call in calls]
+    assert codes[1] == ["arch=compute_90a,code=sm_90a"]
+    assert codes[0] == [
+        "arch=compute_80,code=sm_80",
+        "arch=compute_100a,code=sm_100a",
+        "arch=compute_80,code=compute_80",
+    ]
+
+
 def test_a_source_archive_has_what_a_build_needs(tree):
     done = run("from setuptools import build_meta; build_meta.build_sdist('dist')", tree)
     assert done.returncode == 0, done.stdout + done.stderr

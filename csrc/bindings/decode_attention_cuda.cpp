@@ -22,8 +22,9 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k, Tensor v
   q = with_contiguous_rows(q);
   k_new = with_contiguous_rows(k_new);
   v_new = with_contiguous_rows(v_new);
-  seqlens = torch::stable::to(seqlens, ScalarType::Int);
-  start = torch::stable::to(start, ScalarType::Int);
+  for (const Tensor* lengths : {&seqlens, &start}) {
+    check(kOp, lengths->scalar_type() == ScalarType::Int, "expected int32 seqlens and start");
+  }
   Tensor out = torch::stable::new_empty(q, sizes_of(q));
 
   cuda::DecodeAttention call = {};

@@ -328,7 +328,7 @@ struct FlashBackwardKeys : FlashBackwardBase<Element, kDim, kSoftcap> {
             }
           }
         }
-        ptx::barrier(1 + pair(), 2 * kWarp);
+        ptx::barrier_sync(1 + pair(), 2 * kWarp);
         if (team() == 1) differentiate(scores, passed, p);
         const uint32_t second = ptx::opaque(second_at) + tile;
         T2I_UNROLL for (int k = 0; k < kStep / 16; ++k) {

@@ -30,10 +30,6 @@ struct FlashForwardKernel {
   using Layout = Tile<kDim>;
   static constexpr int kTileBytes = kKeys * Layout::kRowBytes;
   static constexpr int kSharedBytes = kQueries * Layout::kRowBytes + 3 * kTileBytes + 1024;
-  static constexpr float kMostInLane = 8192;  // of a tile's sum, for there to be no overflow in fp16
-
-  // The base where no key was seen: that of any key is above, and -inf minus it is no NaN.
-  static constexpr float kNoKey = -3e38f;
 
   // Rows of a warp: two blocks of 16. Lane l has, of each, rows l / 4 and l / 4 + 8: "row" h of block
   // m is 2 m + h below. Of each 8 columns it has 2 (l % 4) and the next.

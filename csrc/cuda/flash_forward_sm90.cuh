@@ -1,8 +1,9 @@
 // flash_attention, forward, for tensor cores of sm_90a (wgmma).
 //
-// A warpgroup copies keys and values to shared memory, two tiles of each ahead; two or three others
-// have 64 queries each and walk over the tiles, one in its softmax while another multiplies
-// (FlashAttention-3, arXiv 2407.08608). Probabilities stay in registers, where wgmma takes them from.
+// A warpgroup copies keys and values to shared memory, a tile of each while the ones before are in
+// use; two or three others have 64 queries each and walk over the tiles, and one may be in its softmax
+// while another multiplies (FlashAttention-3, arXiv 2407.08608, puts them in turn; here nothing does).
+// Probabilities stay in registers, where wgmma takes them from.
 // It copies by cp.async: 16 bytes each go to a place of their own, and bulk copies do that only with
 // tensor maps, which the driver makes.
 // With head_dim 128 a warpgroup also overlaps the two by itself, where registers allow: while values
@@ -32,10 +33,6 @@ struct FlashForwardSm90Kernel {
   static constexpr bool kOverlap = kDim == 128 && !kSoftcap;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr float kMostInLane = 8192;  // of a tile's sum, for there to be no overflow in fp16
-
-  // The base where no key was seen: that of any key is above, and -inf minus it is no NaN.
-  static constexpr float kNoKey = -3e38f;
 
   // A tile is in panels of 64 columns, rows of 128 bytes each.
   using Panel = Tile<64>;

@@ -6,6 +6,11 @@
 
 namespace t2i::cuda {
 
+// Of a lane's sum over a tile of keys, for there to be no overflow in fp16.
+constexpr float kMostInLane = 8192;
+// The base where no key was seen: that of any key is above, and -inf minus it is no NaN.
+constexpr float kNoKey = -3e38f;
+
 // A tile of queries, or of keys, of one head of one sequence, and what it needs of the others: a range
 // of keys, or of queries, whose tiles go by.
 struct Problem {
@@ -71,7 +76,7 @@ struct Kept {
   T2I_DEVICE const char* passing(int i) const {
     return reinterpret_cast<const char*>(ptx::load_shared_8(address + 48 + 8 * i));
   }
-  // Of tiles of keys, or of queries: whether some are not seen, or do not see.
+  // Whether a query of these tiles, or of this one, does not see one of the keys.
   T2I_DEVICE bool masked(int from, int to) const { return (from < full()) | (to > partial()); }
 };
 

@@ -44,7 +44,7 @@ T2I_DEVICE uint32_t opaque(uint32_t x) {
   return x;
 }
 
-// x, which all lanes have the same of, and the compiler knows it: in a register of the warp.
+// x, the same in all lanes. It tells the compiler so, which may keep it in a uniform register.
 T2I_DEVICE uint32_t uniform(uint32_t x) { return __reduce_min_sync(0xffffffffu, x); }
 
 // ---- Shared memory ------------------------------------------------------------------------------
@@ -155,15 +155,6 @@ T2I_DEVICE void store_shared_16(uint32_t address, uint4 x) {
                ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 #else
   simt::store(simt::shared_pointer(address, 16), x);
-#endif
-}
-
-// Waits for ``threads`` threads, whole warps, of the block; 0 is the barrier of __syncthreads.
-T2I_DEVICE void barrier(int id, int threads T2I_SITE) {
-#if defined(__CUDACC__)
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#else
-  simt::barrier(site, id, threads);
 #endif
 }
 
@@ -423,8 +414,8 @@ T2I_DEVICE void wgmma_wait(float (&d)[kRegisters] T2I_SITE) {
 #endif
 }
 
-// Of a thread of this warpgroup, from now on: a multiple of 8. All of the block's have to be enough
-// for all; what one warpgroup gives back another can take.
+// Registers for each thread of this warpgroup from now on, a multiple of 8. The sum over all
+// warpgroups must not exceed what the block was launched with; who takes waits until others gave.
 template <int kRegisters>
 T2I_DEVICE void give_registers() {
 #if defined(__CUDACC__)

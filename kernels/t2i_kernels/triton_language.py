@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -21,7 +22,8 @@ def dot(a, b, acc):
     bits of bf16 as integers."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
+    precision: tl.constexpr = "ieee" if is_hip() else "tf32x3"
+    return tl.dot(a, b, acc, input_precision=precision)
 
 
 @triton.jit

@@ -17,9 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+AMD = "gfx942"
+
 # kernel -> architecture -> bytes of a row of head_dim, rounded up to a power of two -> how.
-# An architecture takes what it does not have itself from those before it; a size that is not there
-# takes the next larger one, the largest where there is none.
+# An architecture takes what it does not have itself from those before it, AMD's from 80; a size
+# that is not there takes the next larger one, the largest where there is none.
 TABLE = {
     "flash_attention.forward": {
         80: {
@@ -31,6 +33,10 @@ TABLE = {
         },
         90: {1024: dict(BLOCK_M=64, BLOCK_N=32, LAZY=True, num_warps=4, num_stages=2)},
         100: {128: dict(BLOCK_M=128, BLOCK_N=64, LAZY=True, num_warps=8, num_stages=2)},
+        AMD: {
+            128: dict(BLOCK_M=128, BLOCK_N=64, LAZY=True, num_warps=8, num_stages=2),
+            512: dict(BLOCK_M=64, BLOCK_N=32, LAZY=True, num_warps=8, num_stages=2),
+        },
     },
     "flash_attention.keys": {
         80: {
@@ -41,6 +47,10 @@ TABLE = {
             2048: dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
         },
         90: {512: dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)},
+        AMD: {
+            128: dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=1),
+            256: dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
+        },
     },
     "flash_attention.queries": {
         80: {
@@ -97,6 +107,11 @@ TABLE = {
             4096: dict(HELD=8192, TILE=512, num_warps=4, maxnreg=128),
             16384: dict(HELD=16384, TILE=1024, num_warps=8, maxnreg=128),
             65536: dict(HELD=32768, TILE=2048, num_warps=16, maxnreg=128),
+        },
+        AMD: {
+            4096: dict(HELD=8192, TILE=512, num_warps=4),
+            16384: dict(HELD=16384, TILE=1024, num_warps=8),
+            65536: dict(HELD=32768, TILE=2048, num_warps=16),
         },
     },
     "rms_norm.forward": {
@@ -205,19 +220,27 @@ def row_bytes(x: Tensor) -> int:
 
 @functools.cache
 def _choose(kernel: str, device: int, size: int) -> dict[str, int]:
-    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        architecture = 10 * major + minor
     tuned = read_tuned(path(torch.cuda.get_device_name(device)))
-    return lookup(kernel, 10 * major + minor, size, tuned.get(kernel, {}))
+    return lookup(kernel, architecture, size, tuned.get(kernel, {}))
 
 
 def lookup(
-    kernel: str, architecture: int, size: int, tuned: dict[int, dict[str, int]] | None = None
+    kernel: str, architecture: int | str, size: int, tuned: dict[int, dict[str, int]] | None = None
 ) -> dict[str, int]:
-    """The shipped options, but for the sizes that were ``tuned``."""
-    sizes: dict[int, dict[str, int]] = {}
-    for known, entries in sorted(TABLE[kernel].items()):
-        if known <= architecture:
-            sizes |= entries
+    """The shipped options, but for the sizes that were ``tuned``. ``architecture``: 80 for sm_80,
+    or a name of AMD's."""
+    table, sizes = TABLE[kernel], {}
+    if isinstance(architecture, str):
+        before = [80, AMD]
+    else:
+        before = sorted(x for x in table if x != AMD and x <= architecture)
+    for known in before:
+        sizes |= table.get(known, {})
     sizes |= tuned or {}
     return sizes[min((s for s in sizes if s >= size), default=max(sizes))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,13 @@ import nvcc  # noqa: E402
 
 
 @pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
-def test_counts():
+@pytest.mark.parametrize(
+    ("architecture", "sources"),
+    [("80", ["*_bf16_*.cu", "vq_nearest_[48].cu"]), ("90a", ["flash_forward_sm90_bf16_*.cu"])],
+)
+def test_counts(architecture, sources):
     command = [sys.executable, ROOT / "benchmarks/cuda_static.py", "--check"]
-    options = ["--architectures", "80", "--sources", "*_bf16_*.cu", "vq_nearest_[48].cu"]
+    options = ["--architectures", architecture, "--sources", *sources]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -33,6 +38,13 @@ def test_every_kernel_fits_every_gpu():
     rows = json.loads(cuda_static.RESULT.read_text())["rows"]
     assert {row["architecture"] for row in rows} == {"80", "90a", "100a", "120a"}
     assert [row["kernel"] for row in rows if row["occupancy"] == 0] == []
+
+
+def test_every_bound_that_does_not_hold_has_its_reason():
+    rows = json.loads(cuda_static.RESULT.read_text())["rows"]
+    missed = [(t.name, row["kernel"]) for t, row, met in cuda_static.verdicts(rows) if not met]
+    for name, kernel in missed:
+        assert any(n == name and re.fullmatch(p, kernel) for n, p in cuda_static.MISSED)
 
 
 NAME = (

@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(triton_backend.INTERPRETED, reason="TRITON_INTERPRET is 1")
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "gfx942"])
 def test_counts(architecture):
     command = [sys.executable, ROOT / "benchmarks/gpu_static.py", "--check", "--architectures"]
-    done = subprocess.run([*command, str(architecture)], capture_output=True, text=True)
+    done = subprocess.run([*command, architecture], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

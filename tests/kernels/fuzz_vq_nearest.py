@@ -1,7 +1,8 @@
 """Random problems for vq_nearest until enough vectors were checked against fp64.
 
     python tests/kernels/fuzz_vq_nearest.py --vectors 10000000 --seed 0
-    TRITON_INTERPRET=1 python tests/kernels/fuzz_vq_nearest.py --backend triton --vectors 1000000
+    TRITON_INTERPRET=1 python tests/kernels/fuzz_vq_nearest.py --backend triton --vectors 1000000 \
+        --codes 256
 
 Prints what is wrong, with the seed that makes it again; exits with 1 if anything is.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -80,6 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vectors", type=int, default=10_000_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first problem")
+    parser.add_argument("--codes", type=int, default=2**18, help="of a problem, at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--backend", choices=PRODUCTS, default="cpu")
     options = parser.parse_args()
@@ -94,7 +97,7 @@ def main() -> int:
     while done < options.vectors:
         torch.manual_seed(seed)
         dim = DIMS[int(torch.randint(len(DIMS), ()))]
-        codes = int(2 ** (18 * torch.rand(()) ** (1.5 if dim <= 16 else 2)))
+        codes = int(2 ** (math.log2(options.codes) * torch.rand(()) ** (1.5 if dim <= 16 else 2)))
         products = PRODUCTS[options.backend]
         n = max(1, int(min(MAX_VECTORS, products / (codes * (dim + 4))) * torch.rand(())))
         kind = KINDS[int(torch.randint(len(KINDS), ()))]

@@ -11,10 +11,10 @@ import math
 import oracle
 import pytest
 import torch
-from backends import backends, skip_unless_supported
+from backends import backends, skip_unless_supported, skip_where_it_asserts
 from oracle import assert_no_worse
 
-from t2i_kernels import KVCache, decode_attention, flash_attention
+from t2i_kernels import KVCache, decode_attention, flash_attention, triton_backend
 
 BACKENDS = backends("decode_attention")
 
@@ -197,9 +197,33 @@ def check_low_precision(backend):
     for dtype in (torch.bfloat16, torch.float16):
         for options in [dict(), dict(table(40, 24)), dict(window=9, softcap=2.0)]:
             cache = poisoned(2, 40, 2, 32, dtype, start=[0, 3])
-            for n in (30, 1, 4):
+            for n in (14, 16, 1, 4):
                 step(backend, cache, *tokens(2, n, 4, 2, 32, dtype), **options)
                 cache.advance(n)
+
+
+def check_halves(backend):
+    """Around the edges of splits, and of 8 and 16 queries that share a key."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for dtype, kept, dim, slots in [
+        (bf16, bf16, 128, 290), (fp16, fp16, 40, 290), (fp16, torch.int8, 128, 540),
+        (bf16, torch.int8, 64, 290),
+    ]:  # fmt: skip
+        if backend == "triton" and triton_backend.INTERPRETED:
+            slots = 40  # splits are small there
+        cache = poisoned(2, slots, 2, dim, kept, start=[0, 3])
+        used = slots - 22
+        for buffer, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+            numbers = torch.randn(2, used, 2, dim)
+            if scale is None:
+                buffer[:, :used] = numbers.to(kept)
+            else:
+                buffer[:, :used] = (40 * numbers).round().clamp(-127, 127).to(kept)
+                scale[:, :used] = torch.rand(2, used, 2) / 40
+        cache.seqlens.copy_(torch.tensor([used, used // 2]))
+        for n, heads in ((1, 8), (3, 6), (16, 2)):
+            step(backend, cache, *tokens(2, n, heads, 2, dim, dtype), **table(slots, 16))
+            cache.advance(n)
 
 
 def check_int8(backend):
@@ -343,6 +367,7 @@ def check_nothing_is_differentiated(backend):
 
 def check_out_of_range(backend):
     """An index outside the cache or the table is an error, and the cache stays as it was."""
+    skip_where_it_asserts()
     for change, options, message in [
         (dict(seqlens=[3, 4]), {}, "cache.seqlens puts .* slots 3 to 6, but the cache has 6 slots"),
         (dict(seqlens=[0, -1]), {}, "cache.seqlens puts .* slots -1 to 2"),
@@ -359,7 +384,8 @@ def check_out_of_range(backend):
 
 CHECKS = [
     check_steps, check_heads, check_rotary, check_relative_positions, check_padding,
-    check_padding_may_hold_anything, check_low_precision, check_int8, check_int8_is_near,
+    check_padding_may_hold_anything, check_low_precision, check_halves, check_int8,
+    check_int8_is_near,
     check_int8_beside_fp64, check_huge_and_structured, check_long_cache, check_one_by_one,
     check_going_back, check_batch_independence, check_strides, check_empty,
     check_nothing_is_differentiated, check_out_of_range,
@@ -369,6 +395,8 @@ CHECKS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__[6:])
 def test_contract(check, backend):
+    if backend == "cuda" and check not in (check_low_precision, check_halves):
+        pytest.skip("it is in fp32; tests/simt has the CUDA kernels do the same in 16 bits")
     check(backend)
 
 
@@ -383,11 +411,12 @@ def positional(q, k_new, v_new, cache, cos=None, sin=None, interleaved=False, wi
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_opcheck(backend, dtype):
-    cache = KVCache.allocate(2, 6, 2, 8, dtype=dtype)
+    type = torch.bfloat16 if backend == "cuda" else torch.float32
+    cache = KVCache.allocate(2, 6, 2, 16, dtype=dtype if dtype == torch.int8 else type)
     operator = getattr(torch.ops.t2i.decode_attention, backend)
-    angles = table(6, 4)
-    torch.library.opcheck(operator, positional(*tokens(2, 1, 4, 2, 8), cache))
-    call = positional(*tokens(2, 3, 4, 2, 8), cache, *angles.values(), interleaved=True, window=2)
+    first, more = (tokens(2, n, 4, 2, 16, type) for n in (1, 3))
+    torch.library.opcheck(operator, positional(*first, cache))
+    call = positional(*more, cache, *table(6, 4).values(), interleaved=True, window=2)
     torch.library.opcheck(operator, call)
 
 
@@ -395,8 +424,9 @@ def test_opcheck(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_compiles_to_one_graph(backend, dtype):
     """Also where the projections before it have parameters, and outside ``no_grad``."""
-    projection = torch.nn.Linear(8, 8)
-    options = table(8, 8)
+    type = torch.bfloat16 if backend == "cuda" else torch.float32
+    projection = torch.nn.Linear(16, 16, dtype=type)
+    options = table(8, 16)
 
     def decode(q, k, v, cache):
         q = projection(q)
@@ -405,9 +435,10 @@ def test_compiles_to_one_graph(backend, dtype):
         return out
 
     compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
-    caches = [KVCache.allocate(2, 8, 2, 8, dtype=dtype) for _ in range(2)]
+    kept = dtype if dtype == torch.int8 else type
+    caches = [KVCache.allocate(2, 8, 2, 16, dtype=kept) for _ in range(2)]
     for n in (3, 1, 1):
-        call = tokens(2, n, 4, 2, 8)
+        call = tokens(2, n, 4, 2, 16, type)
         outs = [f(*call, cache) for f, cache in zip((decode, compiled), caches, strict=True)]
         torch.testing.assert_close(*outs)
     for name in ("k", "v", "seqlens"):

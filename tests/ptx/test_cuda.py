@@ -2,7 +2,7 @@
 oracles of the operators' tests, and what it costs in bank conflicts and sectors.
 
 csrc/simt runs the same sources with every option. Interpreting is slower, so here are few calls:
-each source file, each branch of a loop (whole and masked tiles, softcap, scores that are computed
+each kernel, each branch of a loop (whole and masked tiles, softcap, scores that are computed
 again), edges of tiles on both sides, groups, packed and empty sequences.
 """
 
@@ -66,21 +66,21 @@ def attend_packed(dim, dtype, lengths_q, lengths_k, **options):
     flash.assert_right(got, alone(exact, [t.double() for t in call]), plain)
 
 
-def decode(dim, group, int8, slots, tokens=1):
+def decode(dim, group, int8, slots, tokens=1, dtype=BF16):
     """Lengths around the edges of splits; unused slots hold NaN."""
-    cache = decoding.poisoned(2, slots, 2, dim, torch.int8 if int8 else BF16, start=[0, 3])
+    cache = decoding.poisoned(2, slots, 2, dim, torch.int8 if int8 else dtype, start=[0, 3])
     lengths = torch.tensor([slots - tokens, 130])
     for x in (cache.k, cache.v):
         for row, used in enumerate(lengths.tolist()):
             old = torch.randn(used, 2, dim)
             x[row, :used] = (
-                (old * 40).round().clamp(-127, 127).to(x.dtype) if int8 else old.to(BF16)
+                (old * 40).round().clamp(-127, 127).to(x.dtype) if int8 else old.to(dtype)
             )
     for scale in (cache.k_scale, cache.v_scale):
         if scale is not None:
             scale.copy_(torch.rand(scale.shape) / 40)
     cache.seqlens.copy_(lengths)
-    new = decoding.tokens(2, tokens, 2 * group, 2, dim, BF16)
+    new = decoding.tokens(2, tokens, 2 * group, 2, dim, dtype)
     decoding.step("cuda", cache, *new, **decoding.table(slots, dim))
 
 
@@ -115,9 +115,9 @@ CASES = {
         ("90a",), lambda: attend_packed(64, BF16, LENGTHS_Q, LENGTHS_K, causal=True)
     ),
 }  # fmt: skip
-# name: (architectures, call, most wavefronts and most sectors by needed ones). Codes are read a
-# number a thread where they are prepared, in rows where vectors are scored again; what splits of a
-# cache have found is combined 32 bytes a thread.
+# name: (architectures, call, most wavefronts and most sectors by needed ones). Where codes and
+# vectors are prepared a thread has a row, number by number; where vectors are scored again rows of
+# codes are read; what splits of a cache have found is combined 32 bytes a thread.
 OTHERS = {
     "vq_nearest l2": (
         ("80",), lambda: nearest.compare("cuda", *nearest.trained(130, 600, 8), "l2"), 1.06, 6.6
@@ -129,6 +129,12 @@ OTHERS = {
     "decode bf16": (("80", "90a", "100a"), lambda: decode(64, 3, False, 600), 1.02, 1.02),
     "decode d 128 bf16": (("80",), lambda: decode(128, 4, False, 300, tokens=3), 1.1, 1.1),
     "decode int8": (("80", "90a"), lambda: decode(64, 3, True, 1100), 1.06, 1.07),
+    "decode fp16 d 128 int8": (
+        ("80",), lambda: decode(128, 1, True, 530, tokens=2, dtype=FP16), 1.2, 1.2
+    ),
+    "vq_nearest d 128": (
+        ("80",), lambda: nearest.compare("cuda", *nearest.gaussian(70, 100, 128), "l2"), 1.21, 8
+    ),
 }  # fmt: skip
 MOST = {"wavefronts": 1.05, "sectors": 1.02}  # by needed ones
 

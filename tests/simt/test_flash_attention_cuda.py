@@ -22,15 +22,18 @@ KERNELS = build.build(checked=True)
 TYPES = {torch.bfloat16: KERNELS.Element.bf16, torch.float16: KERNELS.Element.fp16}
 
 
+GPU = {"compute_capability": 80}  # that kernels are chosen for
+
+
 def schedule(order="forward", seed=1, preempt=0):
-    KERNELS.configure(getattr(KERNELS.Order, order), seed, preempt, schedule.compute_capability)
+    KERNELS.configure(getattr(KERNELS.Order, order), seed, preempt, GPU["compute_capability"])
 
 
 @pytest.fixture(autouse=True, params=[80, 90], ids="sm_{}".format)
 def in_order(request):
     """On GPUs for which there are different kernels."""
     torch.manual_seed(0)
-    schedule.compute_capability = request.param
+    GPU["compute_capability"] = request.param
     schedule()
 
 
@@ -291,13 +294,14 @@ def test_same_bits_in_every_order(dim):
 @pytest.mark.parametrize("line", ["flash_forward", "flash_backward"])
 def test_shared_memory_without_conflicts(line):
     """ldmatrix and 16-byte accesses need as few passes as there can be."""
+    if (line, GPU["compute_capability"]) == ("flash_forward", 90):
+        pytest.skip("wgmma reads by itself; tests/ptx counts what its kernel does besides")
     KERNELS.clear_counts()
     for dim in (64, 128):
         q, k, v = tensors(1, 130, 130, 1, 1, dim)
         run(q, k, v, q, None)
     counts = [count for count in KERNELS.shared_counts() if count.line.startswith(line)]
-    # wgmma reads by itself: tests/ptx counts what its kernel does besides.
-    assert counts or (line, schedule.compute_capability) == ("flash_forward", 90)
+    assert counts
     for count in counts:
         assert count.wavefronts == count.ideal, count.line
 

@@ -226,8 +226,10 @@ def _cuda_supports(q, k_new, v_new, k_cache, v_cache, *rest) -> Reason:
         return f"CUDA kernels are for bfloat16 and float16, q is {q.dtype}"
     if q.shape[1] > 16:
         return "there are more than 16 new tokens"
+    if not k_cache.shape[1]:
+        return "the cache has no slots"
     chunk = 16 // k_cache.element_size()
-    if q.shape[3] > 128 or q.shape[3] % chunk:
+    if not 0 < q.shape[3] <= 128 or q.shape[3] % chunk:
         return f"head_dim is no multiple of {chunk} up to 128"
     for cache in (k_cache, v_cache):
         places = (*cache.stride()[:3], cache.storage_offset())

@@ -20,9 +20,10 @@ LIBRARY.define(
 
 
 def decode_attention(q: Tensor, k_new: Tensor, v_new: Tensor, k_cache: Tensor, *rest) -> Tensor:
-    batch, tokens, heads, _ = q.shape
-    kv_heads = k_cache.shape[2]
-    # A block has at least 8 queries of those that share a key head.
+    (batch, tokens, heads, dim), (_, slots, kv_heads, _) = q.shape, k_cache.shape
+    # As csrc/cuda/decode_attention.h says: a block has 64 KB of keys, and at least 8 queries of
+    # those that share them. Where one has all keys there is nothing to combine.
+    splits = slots * (128 if dim > 64 else 64) * k_cache.element_size() > 64 << 10
     tiles = -(-tokens * (heads // max(kv_heads, 1)) // 8)
-    counters = lend_counters(q, batch * kv_heads * tiles)
+    counters = lend_counters(q, batch * kv_heads * tiles if splits else 0)
     return torch.ops.t2i.decode_attention_cuda(q, k_new, v_new, k_cache, *rest, counters)

@@ -25,7 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..triton_language import INTERPRETED, block, dot, round_to, rows_contiguous, squash
+from ..triton_language import (
+    INTERPRETED,
+    block,
+    dot,
+    is_hip,
+    round_to,
+    rows_contiguous,
+    squash,
+)
 from .counters import lend_counters
 from .reference import check_slots
 
@@ -60,7 +68,7 @@ sub.rn.f16x2 $1, a, less;
 @triton.jit
 def _part(x, dtype: tl.constexpr):
     """The lower and the upper bytes of words, exactly."""
-    if INTERPRETED or dtype == tl.float32:
+    if INTERPRETED or dtype == tl.float32 or is_hip():
         even, odd = ((x << 8) >> 8).to(tl.float32), (x >> 8).to(tl.float32)
         even, odd = round_to(even, dtype), round_to(odd, dtype)
     elif dtype == tl.float16:

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .. import tuning
-from ..triton_language import INTERPRETED, LN2, LOG2E, rows_contiguous
+from ..triton_language import INTERPRETED, LN2, LOG2E, is_hip, rows_contiguous
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)  # SplitMix64, as in the reference
 MIX_1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -158,7 +158,7 @@ def _bits(state, at):
 @triton.jit
 def _log2(x):
     """At most 2⁻²² off, of the result where x is not from 1/2 to 2 (CUDA programming guide)."""
-    if INTERPRETED:
+    if INTERPRETED or is_hip():
         y = tl.log2(x)
     else:
         y = libdevice.fast_log2f(x)

@@ -53,7 +53,8 @@ def vq_nearest(
 
     Raises:
         TypeError, ValueError: a wrong type, shape, device or metric; NaN or infinity in ``z`` or
-            ``codebook``.
+            ``codebook``. On a GPU, which nothing waits for, the latter is an assertion of the
+            device's, after which the process cannot use it any more.
         BackendError: the backend asked for cannot run the call.
     """
     call = _bind(z, codebook, metric, return_distance=return_distance, return_counts=return_counts)
