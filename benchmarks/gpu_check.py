@@ -31,8 +31,8 @@ ROUNDS = 20
 @dataclass
 class Problem:
     """``contenders``: name -> a function that makes the call, or raises ImportError or
-    NotImplementedError with the reason why it cannot take part. The first one is ours, the second
-    is what the others are held to."""
+    NotImplementedError with the reason why it cannot take part. The first one is ours as users get
+    it, the second is what the others are held to."""
 
     name: str
     contenders: dict[str, Callable[[], Callable[[], torch.Tensor]]]
@@ -42,6 +42,13 @@ class Problem:
 
 
 # ---- Problems -----------------------------------------------------------------------------------
+
+BACKENDS = ("cuda", "triton")
+
+
+def ours(make: Callable[..., Callable[[], torch.Tensor]]) -> dict:
+    """A contender for each of our backends; ``make`` takes ``backend``."""
+    return {f"t2i, {name}": lambda name=name: make(backend=name) for name in BACKENDS}
 
 
 def attention(device, batch, heads, length, dim, causal, backward, dtype) -> Problem:
@@ -106,13 +113,17 @@ def attention(device, batch, heads, length, dim, causal, backward, dtype) -> Pro
     def sdpa(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
+    def mine(**options):
+        return call(lambda q, k, v: flash_attention(q, k, v, causal=causal, **options))
+
     products = 4 * batch * heads * length * length * dim * (0.5 if causal else 1)
     kind = f"{'causal' if causal else 'full'}, {'forward + backward' if backward else 'forward'}"
     return Problem(
         f"flash_attention {batch}×{heads}×{length}×{dim}, {kind}, {str(dtype)[6:]}",
         {
-            "t2i": lambda: call(lambda q, k, v: flash_attention(q, k, v, causal=causal)),
+            "t2i": mine,
             "torch SDPA": lambda: call(heads_first(sdpa)),
+            **ours(mine),
             "torch varlen_attn": varlen,
             "torch flex, compiled": flex,
             "torch eager, compiled": lambda: call(heads_first(torch.compile(eager, dynamic=False))),
@@ -131,6 +142,9 @@ def nearest(device, vectors, codes, dim) -> Problem:
     def distances(z, codebook):
         return (codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
 
+    def mine(**options):
+        return lambda: vq_nearest(z, codebook, "l2", **options)
+
     def compiled():
         run = torch.compile(distances, dynamic=False)
         return lambda: run(z, codebook)
@@ -138,8 +152,9 @@ def nearest(device, vectors, codes, dim) -> Problem:
     return Problem(
         f"vq_nearest {vectors} in {codes} codes, d {dim}",
         {
-            "t2i": lambda: lambda: vq_nearest(z, codebook, "l2"),
+            "t2i": mine,
             "torch.cdist": lambda: lambda: torch.cdist(z, codebook).argmin(1),
+            **ours(mine),
             "torch, expanded": lambda: lambda: distances(z, codebook),
             "torch, expanded, compiled": compiled,
         },
@@ -157,6 +172,9 @@ def decoding(device, batch, heads, kv_heads, slots, dim, dtype) -> Problem:
     keys, values = cache.k.transpose(1, 2).clone(), cache.v.transpose(1, 2).clone()
     keys[:, :, -1], values[:, :, -1] = k[:, 0], v[:, 0]
 
+    def mine(**options):
+        return lambda: decode_attention(q, k, v, cache, **options)
+
     def sdpa():
         out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, enable_gqa=True)
         return out.transpose(1, 2)
@@ -172,8 +190,9 @@ def decoding(device, batch, heads, kv_heads, slots, dim, dtype) -> Problem:
     return Problem(
         f"decode_attention {batch}×{slots}, heads {heads}/{kv_heads}, d {dim}, {str(dtype)[6:]}",
         {
-            "t2i": lambda: lambda: decode_attention(q, k, v, cache),
+            "t2i": mine,
             "torch SDPA": lambda: sdpa,
+            **ours(mine),
             "flash-attn": flash_attn,
         },
         bytes=2 * batch * (slots + 1) * kv_heads * dim * q.element_size(),

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2i_kernels import flash_attention, tuning, vq_nearest
+from t2i_kernels import (
+    KVCache,
+    decode_attention,
+    flash_attention,
+    linear_cross_entropy,
+    tuning,
+    vq_nearest,
+)
 
 WARPS = (4, 8)
 
@@ -53,7 +60,50 @@ def problems(small: bool = False) -> list[Problem]:
         Problem("vq_nearest", 1 << 16, lambda device: _nearest(device, small),
                 dict(BLOCK_N=tiles, TILE=tiles, CHUNK=(16,), num_warps=WARPS, num_stages=(2, 3)))
     )  # fmt: skip
+    for row_bytes in (32,) if small else (64, 128, 256):
+        for kernel, tokens, queries in (("decode_attention", 1, 16),
+                                        ("decode_attention.many", 16, 64)):  # fmt: skip
+            found.append(
+                Problem(kernel, row_bytes, lambda device, n=tokens, size=row_bytes: _decoding(
+                            device, size // 2, n, small),
+                        dict(SPLIT=(16,) if small else (128, 256, 512), BLOCK_M=(queries,),
+                             BLOCK_N=(16,) if small else (32, 64, 128), WAYS=(1, 4),
+                             BLOCK_NEW=(16,), num_warps=(4,), num_stages=(2, 3, 4)))
+            )  # fmt: skip
+    tiles = (16,) if small else (64, 128, 256)
+    shape = dict(BLOCK_M=tiles, BLOCK_N=tiles, BLOCK_K=(16,) if small else (32, 64),
+                 num_warps=WARPS, num_stages=(2, 3, 4))  # fmt: skip
+    for kernel, more in (("forward", dict(SPLIT=(1024,))), ("logits", dict(GROUP=(8,))),
+                         ("product", dict(GROUP=(8,)))):  # fmt: skip
+        found.append(
+            Problem(f"linear_cross_entropy.{kernel}", 2,
+                    lambda device, backward=kernel != "forward": _loss(device, small, backward),
+                    shape | more)
+        )  # fmt: skip
     return found
+
+
+def _decoding(device: str, dim: int, tokens: int, small: bool) -> Callable[[], Any]:
+    batch, heads, slots = (1, 2, 60) if small else (8, 8, 4096)
+    q = torch.randn(batch, tokens, 4 * heads, dim, device=device, dtype=torch.float16)
+    new = torch.randn(batch, tokens, heads, dim, device=device, dtype=torch.float16)
+    cache = KVCache.allocate(batch, slots, heads, dim, dtype=torch.float16, device=device)
+    cache.k.normal_(), cache.v.normal_()
+    cache.seqlens.fill_(slots - tokens)
+    return lambda: decode_attention(q, new, new, cache, backend="triton")
+
+
+def _loss(device: str, small: bool, backward: bool) -> Callable[[], Any]:
+    rows, dim, classes = (40, 24, 50) if small else (8192, 576, 65536)
+    x, weight = (
+        torch.randn(n, dim, device=device, dtype=torch.float16).requires_grad_(backward)
+        for n in (rows, classes)
+    )
+    targets = torch.randint(classes, (rows,), device=device)
+    if not backward:
+        return lambda: linear_cross_entropy(x, weight, targets, backend="triton")
+    loss = linear_cross_entropy(x, weight, targets, backend="triton").sum()
+    return lambda: torch.autograd.grad(loss, (x, weight), retain_graph=True)
 
 
 def _attention(device: str, dim: int, small: bool, backward: bool) -> Callable[[], Any]:

@@ -32,7 +32,10 @@ TABLE = {
             2048: dict(BLOCK_M=16, BLOCK_N=16, LAZY=True, num_warps=4, num_stages=1),
         },
         90: {1024: dict(BLOCK_M=64, BLOCK_N=32, LAZY=True, num_warps=4, num_stages=2)},
-        100: {128: dict(BLOCK_M=128, BLOCK_N=64, LAZY=True, num_warps=8, num_stages=2)},
+        100: {
+            128: dict(BLOCK_M=128, BLOCK_N=64, LAZY=True, num_warps=8, num_stages=2),
+            1024: dict(BLOCK_M=32, BLOCK_N=32, LAZY=True, num_warps=4, num_stages=2),
+        },
         AMD: {
             128: dict(BLOCK_M=128, BLOCK_N=64, LAZY=True, num_warps=8, num_stages=2),
             512: dict(BLOCK_M=64, BLOCK_N=32, LAZY=True, num_warps=8, num_stages=2),

@@ -472,7 +472,7 @@ def flash_attention_backward(
         dout, out, logsumexp, dlse, delta, lse2, **_strides("do", dout), **_strides("o", out),
         stride_lb=dlse.stride(0) if batch else 0, stride_lh=dlse.stride(-2),
         stride_lt=dlse.stride(-1), heads=heads, total_q=length, tiles=tiles, DV=call["DV"],
-        BLOCK_DV=call["BLOCK_DV"], BLOCK_M=64, DLSE=dlogsumexp is not None, num_warps=4,
+        BLOCK_DV=call["BLOCK_DV"], BLOCK_M=64, DLSE=dlogsumexp is not None, num_warps=8,
     )  # fmt: skip
     call |= dict(do=dout, lse2=lse2, delta=delta, scale=scale, **_strides("do", dout))
     call |= _options(causal, window_left, window_right, softcap, scale)
