@@ -246,7 +246,7 @@ def race(problem: Problem, device: str) -> dict:
         try:
             calls[name] = make()
             calls[name]()
-        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as reason:
+        except Exception as reason:  # compilers have theirs
             if name == "t2i":
                 raise
             calls.pop(name, None)

@@ -1,7 +1,7 @@
 """Compiles every shipped configuration of the Triton kernels for GPUs that need not be there, and
 writes what their machine code is made of: results/gpu_static.json and gpu_static.md.
 
-    python benchmarks/gpu_static.py [--architectures 80 90 100 gfx942] [--check]
+    python benchmarks/gpu_static.py [--architectures 80 90 100 120 gfx942] [--check]
 
 A launcher runs on tensors without data ("meta") while its kernels are replaced by recorders: what
 is compiled is what a GPU would be given. ``--check`` compares with the committed file instead, and
@@ -72,9 +72,14 @@ def nearest(dim: int, codes: int, metric: str) -> tuple:
     return z, codebook, metric, False, True
 
 
-def decoding(dim: int, group: int, int8: bool, batch: int = 2, slots: int = 4096) -> tuple:
-    q, new = meta(batch, 1, 8 * group, dim), meta(batch, 1, 8, dim)
-    cache = meta(batch, slots, 8, dim, dtype=torch.int8 if int8 else torch.bfloat16)
+def decoding(
+    dim: int, group: int, kept: torch.dtype = torch.bfloat16, tokens: int = 1, batch: int = 2,
+    slots: int = 4096,
+) -> tuple:  # fmt: skip
+    int8 = kept == torch.int8
+    dtype = torch.bfloat16 if int8 else kept
+    q, new = (meta(batch, tokens, n, dim, dtype=dtype) for n in (8 * group, 8))
+    cache = meta(batch, slots, 8, dim, dtype=kept)
     scale = meta(batch, slots, 8, dtype=torch.float32) if int8 else None
     lengths, table = meta(batch, dtype=torch.int32), meta(slots, dim // 2, dtype=torch.float32)
     return (q, new, new, cache, cache, scale, scale, lengths, lengths, table, table, False, -1, 0.0,
@@ -87,9 +92,9 @@ def sampling(codes: int, top_k: int, top_p: float) -> tuple:
     return meta(4, 1, codes, dtype=torch.float32), index, index, guidance, 0.9, top_k, top_p
 
 
-def vocabulary() -> tuple:
+def vocabulary(dtype: torch.dtype = torch.bfloat16) -> tuple:
     """x, weight, targets of the 135M shape."""
-    return meta(8192, 576), meta(65536, 576), meta(8192, dtype=torch.int64)
+    return (*(meta(n, 576, dtype=dtype) for n in (8192, 65536)), meta(8192, dtype=torch.int64))
 
 
 def cases() -> list[Case]:
@@ -109,35 +114,52 @@ def cases() -> list[Case]:
             Case(f"K {codes}, d {dim}, {metric}", "vq_nearest", "vq_nearest",
                  lambda *a, c=(dim, codes, metric): nearest(*c))
         )  # fmt: skip
-    for dim, group, int8 in [(64, 3, False), (64, 3, True), (128, 1, False), (128, 1, True),
-                             (128, 4, False), (128, 4, True)]:  # fmt: skip
-        name = f"1 token, group of {group}, d {dim}, {'int8' if int8 else 'bf16'} cache"
+    bf16, int8, fp32 = torch.bfloat16, torch.int8, torch.float32
+    for dim, group, kept, tokens in [
+        (64, 3, bf16, 1), (64, 3, int8, 1), (128, 1, bf16, 1), (128, 1, int8, 1),
+        (128, 4, bf16, 1), (128, 4, int8, 1), (128, 1, fp32, 1), (256, 1, fp32, 1),
+        (64, 3, bf16, 64), (64, 3, int8, 64), (128, 1, bf16, 64), (128, 1, fp32, 64),
+        (256, 1, fp32, 64),
+    ]:  # fmt: skip
+        name = f"{tokens} token{'s' * (tokens > 1)}, group of {group}, d {dim}, {TYPES[kept]} cache"
+        name = name.replace("i8", "int8")
         found.append(
             Case(name, "decode_attention", "decode_attention",
-                 lambda c=(dim, group, int8): decoding(*c))
+                 lambda c=(dim, group, kept, tokens): decoding(*c))
         )  # fmt: skip
-    for top_k, top_p in [(0, 1.0), (100, 0.9)]:
+    for codes, top_k, top_p in [(1024, 0, 1.0), (4096, 0, 1.0), (16384, 0, 1.0), (16384, 100, 0.9)]:
         kept = f", top-k {top_k}, top-p {top_p}" if top_k else ""
         found.append(
-            Case(f"K 16384{kept}", "draw", "draw", lambda c=(16384, top_k, top_p): sampling(*c))
+            Case(f"K {codes}{kept}", "draw", "draw", lambda c=(codes, top_k, top_p): sampling(*c))
         )
     x = meta(8, 1024, 576)
+    for dim in (64, 128, 256, 512, 576, 4096, 8192, 32768):
+        row = meta(8, 1024, dim)
+        found += [
+            Case(f"forward, D {dim}, bf16", "rms_norm", "rms_norm",
+                 lambda row=row: (row, row[0, 0], 1e-5)),
+            Case(f"backward, D {dim}, bf16", "rms_norm", "rms_norm_backward",
+                 lambda row=row: (row, row, row[0, 0], 1e-5)),
+        ]  # fmt: skip
     found += [
-        Case("forward, D 576, bf16", "rms_norm", "rms_norm", lambda: (x, x[0, 0], 1e-5)),
-        Case("backward, D 576, bf16", "rms_norm", "rms_norm_backward",
-             lambda: (x, x, x[0, 0], 1e-5)),
         Case("forward, D 576, bf16", "swiglu", "swiglu", lambda: (x, x)),
         Case("backward, D 576, bf16", "swiglu", "swiglu_backward", lambda: (x, x, x)),
-        Case("d 64, bf16", "rotary", "rotary",
-             lambda: (meta(8, 1024, 9, 64), *[meta(1024, 32, dtype=torch.float32)] * 2, None, False,
-                      False)),
-        Case("forward, V 65536, D 576, bf16", "linear_cross_entropy", "linear_cross_entropy",
-             lambda: (*vocabulary(), -100)),
-        Case("backward, V 65536, D 576, bf16", "linear_cross_entropy",
-             "linear_cross_entropy_backward",
-             lambda: (meta(8192, dtype=torch.float32), None, *vocabulary(),
-                      meta(8192, dtype=torch.float32), -100)),
-    ]  # fmt: skip
+    ]
+    for dim in (64, 128, 256, 2048):
+        found.append(
+            Case(f"d {dim}, bf16", "rotary", "rotary",
+                 lambda dim=dim: (meta(8, 1024, 9, dim), *[meta(1024, 32, dtype=torch.float32)] * 2,
+                                  None, False, False))
+        )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float32):
+        name = f"V 65536, D 576, {TYPES[dtype]}"
+        found += [
+            Case(f"forward, {name}", "linear_cross_entropy", "linear_cross_entropy",
+                 lambda dtype=dtype: (*vocabulary(dtype), -100)),
+            Case(f"backward, {name}", "linear_cross_entropy", "linear_cross_entropy_backward",
+                 lambda dtype=dtype: (meta(8192, dtype=torch.float32), None, *vocabulary(dtype),
+                                      meta(8192, dtype=torch.float32), -100)),
+        ]  # fmt: skip
     return found
 
 
@@ -192,12 +214,15 @@ def compiled(kernel, arguments: dict[str, Any], target: GPUTarget):
             signature[name] = "i1" if isinstance(value, bool) else "fp32"
         if isinstance(value, torch.Tensor) or (number and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor) and target.backend == "hip":  # of less than 2 GB
+            attributes[(i,)].append(["tt.pointer_range", 32])
     options = {name: arguments[name] for name in OPTIONS if name in arguments}
 
     def current_target():
         return target
 
-    current_target.__triton_builtin__ = True  # kernels ask for it
+    # As that of the original: it is no part of the kernels that ask for it.
+    current_target.__triton_builtin__ = True
     with mock.patch.object(target_info, "current_target", current_target):
         return triton.compile(
             ASTSource(kernel, signature, constants, attributes), target=target, options=options
@@ -252,7 +277,9 @@ def measure(case: Case, architecture: int | str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", nargs="+", default=["80", "90", "100", tuning.AMD])
+    parser.add_argument(
+        "--architectures", nargs="+", default=["80", "90", "100", "120", tuning.AMD]
+    )
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     rows = []

@@ -119,7 +119,7 @@ def backends(op: str) -> list[tuple[str, str]]:
         asked = os.environ.get("T2I_BACKEND")
         usable = [name for name, reason in reasons.items() if reason is None and not asked]
         chosen = usable[0] if usable else None
-        if chosen == "reference" and os.environ.get("T2I_STRICT") == "1":
+        if chosen == "reference" and os.environ.get("T2I_STRICT", "0") not in ("", "0"):
             chosen = None
     return [(f"{'>' if name == chosen else ' '} {name}", reason or "available")
             for name, reason in reasons.items()]  # fmt: skip

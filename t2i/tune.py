@@ -67,7 +67,8 @@ def problems(small: bool = False) -> list[Problem]:
                 Problem(kernel, row_bytes, lambda device, n=tokens, size=row_bytes: _decoding(
                             device, size // 2, n, small),
                         dict(SPLIT=(16,) if small else (128, 256, 512), BLOCK_M=(queries,),
-                             BLOCK_N=(16,) if small else (32, 64, 128), WAYS=(1, 4),
+                             BLOCK_N=(16,) if small else (64, 128),
+                             WAYS=(1, 4) if tokens == 1 and not small else (1,),
                              BLOCK_NEW=(16,), num_warps=(4,), num_stages=(2, 3, 4)))
             )  # fmt: skip
     tiles = (16,) if small else (64, 128, 256)
@@ -156,7 +157,7 @@ def tune(
             with tuning.use(problem.kernel, config):
                 try:
                     # Too large for the device, or compiled wrongly: neither may win.
-                    if torch.allclose(_flat(call()), expected, rtol=0.05, atol=0.05):
+                    if (_flat(call()) - expected).norm() <= 0.01 * expected.norm():
                         times.append((clock(call), config))
                 except Exception as error:
                     report(f"  {config}: {type(error).__name__}")

@@ -76,7 +76,7 @@ struct Kept {
   T2I_DEVICE const char* passing(int i) const {
     return reinterpret_cast<const char*>(ptx::load_shared_8(address + 48 + 8 * i));
   }
-  // Whether a query of these tiles, or of this one, does not see one of the keys.
+  // Whether tiles from … to need a mask.
   T2I_DEVICE bool masked(int from, int to) const { return (from < full()) | (to > partial()); }
 };
 

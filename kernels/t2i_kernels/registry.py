@@ -163,6 +163,19 @@ def select(op: str, asked: str | None, *call: Any) -> Backend:
     raise BackendError(f"no backend supports this call\n{_explain(op, entry, call)}")
 
 
+def has_kernel(op: str, *call: Any) -> bool:
+    """Whether ``select`` would choose another backend than the reference: for callers that know
+    what is faster than that. ``call`` are the arguments of the operator's schema."""
+    entry = _ops[op]
+    names = entry.backends if _asked is None else {_asked} & entry.backends.keys()
+    return any(
+        name != "reference"
+        and name not in entry.missing
+        and entry.backends[name].supports(*call) is None
+        for name in names
+    )
+
+
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backends could run a call of ``op`` and which one would, each with its reason.
 

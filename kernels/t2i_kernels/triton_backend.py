@@ -42,6 +42,7 @@ def implement(package: str, *functions: str) -> None:
 
         def run(*call, function=function):
             module = importlib.import_module(f"t2i_kernels.{package}.triton")
-            return getattr(module, function)(*call)
+            with torch.cuda.device_of(call[0]):  # Triton launches on the current one
+                return getattr(module, function)(*call)
 
         LIBRARY.impl(f"{function}.triton", run, "CompositeExplicitAutograd")

@@ -36,6 +36,10 @@ TABLE = {
             128: dict(BLOCK_M=128, BLOCK_N=64, LAZY=True, num_warps=8, num_stages=2),
             1024: dict(BLOCK_M=32, BLOCK_N=32, LAZY=True, num_warps=4, num_stages=2),
         },
+        120: {
+            512: dict(BLOCK_M=64, BLOCK_N=32, LAZY=True, num_warps=8, num_stages=2),
+            1024: dict(BLOCK_M=32, BLOCK_N=16, LAZY=True, num_warps=4, num_stages=2),
+        },
         AMD: {
             128: dict(BLOCK_M=128, BLOCK_N=64, LAZY=True, num_warps=8, num_stages=2),
             512: dict(BLOCK_M=64, BLOCK_N=32, LAZY=True, num_warps=8, num_stages=2),
@@ -50,6 +54,7 @@ TABLE = {
             2048: dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
         },
         90: {512: dict(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)},
+        120: {2048: dict(BLOCK_M=16, BLOCK_N=32, num_warps=8, num_stages=1)},
         AMD: {
             128: dict(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=1),
             256: dict(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=1),
@@ -64,11 +69,16 @@ TABLE = {
             2048: dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1),
         },
         90: {512: dict(BLOCK_M=32, BLOCK_N=16, num_warps=8, num_stages=1)},
+        120: {
+            512: dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1),
+            2048: dict(BLOCK_M=16, BLOCK_N=16, num_warps=8, num_stages=1),
+        },
     },
     "vq_nearest": {
         80: {
             1 << 16: dict(BLOCK_N=128, TILE=128, CHUNK=16, num_warps=8, num_stages=3),
         },
+        120: {1 << 16: dict(BLOCK_N=64, TILE=128, CHUNK=16, num_warps=8, num_stages=3)},
     },
     # Bytes of a row of the cache, or of q where it is fp32. WAYS: as many as warps, each with slots
     # of its own, or 1. "many" is for more than 16 queries a head of the cache.
@@ -81,10 +91,20 @@ TABLE = {
                 SPLIT=128, BLOCK_M=16, BLOCK_N=64, WAYS=4, BLOCK_NEW=16, num_warps=4, num_stages=3
             ),
             512: dict(
-                SPLIT=128, BLOCK_M=16, BLOCK_N=64, WAYS=1, BLOCK_NEW=16, num_warps=4, num_stages=2
+                SPLIT=128, BLOCK_M=16, BLOCK_N=32, WAYS=1, BLOCK_NEW=16, num_warps=4, num_stages=2
             ),
             1024: dict(
-                SPLIT=128, BLOCK_M=16, BLOCK_N=32, WAYS=1, BLOCK_NEW=16, num_warps=4, num_stages=2
+                SPLIT=128, BLOCK_M=16, BLOCK_N=32, WAYS=1, BLOCK_NEW=16, num_warps=8, num_stages=2
+            ),
+        },
+        120: {
+            1024: dict(
+                SPLIT=128, BLOCK_M=16, BLOCK_N=16, WAYS=1, BLOCK_NEW=16, num_warps=8, num_stages=2
+            ),
+        },
+        AMD: {
+            1024: dict(
+                SPLIT=128, BLOCK_M=16, BLOCK_N=16, WAYS=1, BLOCK_NEW=16, num_warps=8, num_stages=2
             ),
         },
     },
@@ -97,10 +117,20 @@ TABLE = {
                 SPLIT=128, BLOCK_M=64, BLOCK_N=64, WAYS=1, BLOCK_NEW=16, num_warps=4, num_stages=3
             ),
             512: dict(
-                SPLIT=128, BLOCK_M=32, BLOCK_N=32, WAYS=1, BLOCK_NEW=16, num_warps=4, num_stages=2
+                SPLIT=128, BLOCK_M=32, BLOCK_N=16, WAYS=1, BLOCK_NEW=16, num_warps=8, num_stages=2
             ),
             1024: dict(
                 SPLIT=128, BLOCK_M=16, BLOCK_N=32, WAYS=1, BLOCK_NEW=16, num_warps=4, num_stages=1
+            ),
+        },
+        100: {
+            128: dict(
+                SPLIT=256, BLOCK_M=64, BLOCK_N=64, WAYS=1, BLOCK_NEW=16, num_warps=8, num_stages=3
+            ),
+        },
+        AMD: {
+            256: dict(
+                SPLIT=128, BLOCK_M=64, BLOCK_N=64, WAYS=1, BLOCK_NEW=16, num_warps=4, num_stages=2
             ),
         },
     },

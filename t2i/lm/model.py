@@ -18,6 +18,7 @@ from t2i_kernels import (
     rotary,
     swiglu,
 )
+from t2i_kernels.registry import has_kernel
 
 from .config import LMConfig
 
@@ -58,14 +59,16 @@ def _frequencies(channels: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, channels, 2).float() / channels)
 
 
-def fused(x: Tensor) -> bool:
-    """Whether to call the operators that save passes over memory: there are kernels for GPUs."""
-    return x.is_cuda
+def fused(op: str, *call) -> bool:
+    """Whether to call an operator that saves passes over memory: GPUs may have a kernel for it.
+    ``call``: as its schema says."""
+    return call[0].is_cuda and has_kernel(op, *call)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """Turn each pair of channels of x [..., L, H, D] by its angle; cos, sin fp32 [..., L, D/2]."""
-    if fused(x) and cos.dim() == 2:  # row i of the tables is for position i of every sequence
+    # In 2-D tables row i is for position i of every sequence.
+    if cos.dim() == 2 and fused("rotary", x, cos, sin, None, interleaved, False):
         return rotary(x, cos, sin, interleaved=interleaved)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     if interleaved:
@@ -171,10 +174,11 @@ class TransformerLM(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(smoothed, plain) cross entropy in nats of features [N, dim] and int64 targets [N], fp32
         [N]. Smoothed is towards the uniform distribution (arXiv 1512.00567, section 7)."""
-        if fused(features):  # logits, the largest tensor of a training step, are never whole
-            device, weight = features.device.type, self.output.weight
-            autocast = torch.is_autocast_enabled(device)
-            x = features.to(torch.get_autocast_dtype(device) if autocast else features.dtype)
+        device, weight = features.device.type, self.output.weight
+        autocast = torch.is_autocast_enabled(device)
+        x = features.to(torch.get_autocast_dtype(device)) if autocast else features
+        if fused("linear_cross_entropy", x, weight, targets, -100):
+            # Logits, the largest tensor of a training step, are never whole.
             nll, lse = linear_cross_entropy(x, weight.to(x.dtype), targets, return_lse=True)
             if label_smoothing:
                 mean = (_wide(x) * _wide(weight).mean(dim=0)).sum(dim=-1)
@@ -421,7 +425,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up) if fused(x) else F.silu(gate) * up)
+        return self.down(swiglu(gate, up) if fused("swiglu", gate, up) else F.silu(gate) * up)
 
     def reset_parameters(self, depth: int) -> None:
         _init_linear(self.gate_up.weight, self.config)
@@ -495,7 +499,8 @@ def _norm(config: LMConfig, channels: int) -> nn.Module:
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps) if fused(x) else super().forward(x)
+        call = x, self.weight, self.eps
+        return rms_norm(*call) if fused("rms_norm", *call) else super().forward(x)
 
 
 def _init_rows(weight: Tensor, config: LMConfig) -> None:

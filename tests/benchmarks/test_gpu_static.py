@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +18,16 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(triton_backend.INTERPRETED, reason="TRITON_INTERPRET is 1")
-@pytest.mark.parametrize("architecture", ["80", "90", "100", "gfx942"])
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "120", "gfx942"])
 def test_counts(architecture):
     command = [sys.executable, ROOT / "benchmarks/gpu_static.py", "--check", "--architectures"]
     done = subprocess.run([*command, architecture], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_kernel_fits():
+    rows = json.loads((ROOT / "benchmarks/results/gpu_static.json").read_text())["rows"]
+    assert [(r["architecture"], r["case"]) for r in rows if r["occupancy"] == 0] == []
 
 
 def test_what_is_worse():

@@ -11,14 +11,15 @@ from t2i_kernels import tuning
 @pytest.fixture
 def table(monkeypatch):
     monkeypatch.setitem(
-        tuning.TABLE, "kernel", {80: {128: dict(N=1), 512: dict(N=2)}, 90: {512: dict(N=3)}}
-    )
+        tuning.TABLE, "kernel",
+        {80: {128: dict(N=1), 512: dict(N=2)}, 90: {512: dict(N=3)}, tuning.AMD: {128: dict(N=4)}},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("architecture", "size", "expected"),
     [(80, 128, 1), (80, 64, 1), (80, 129, 2), (86, 512, 2), (90, 512, 3), (120, 4096, 3),
-     (90, 100, 1)],
+     (90, 100, 1), ("gfx942", 100, 4), ("gfx942", 512, 2)],
 )  # fmt: skip
 def test_lookup(table, architecture, size, expected):
     """The next larger size; what an architecture does not have is that of those before it."""

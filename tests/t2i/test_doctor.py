@@ -60,6 +60,30 @@ def test_reports_the_cuda_kernels_or_why_there_are_none(monkeypatch):
     assert dict(doctor.cuda_kernels())["used"] == "no device: torch finds no GPU"
 
 
+@pytest.mark.parametrize(
+    ("asked", "strict", "marked"),
+    [(None, "", "cpu"), ("cuda", "", None), ("cpu", "", "cpu"), (None, "true", "cpu")],
+)
+def test_marks_no_backend_without_its_device(monkeypatch, asked, strict, marked):
+    """Where torch is the CUDA build on a machine without a GPU."""
+    if native.reason() is not None:
+        pytest.skip(native.reason())
+    rows = [("cuda", None), ("triton", None), ("cpu", None), ("reference", None)]
+    choices = [SimpleNamespace(backend=name, reason=reason) for name, reason in rows]
+
+    class Found(list):
+        chosen = asked or "cuda"
+
+    monkeypatch.setattr(doctor, "explain", lambda op: Found(choices))
+    monkeypatch.setattr(
+        doctor, "no_device", lambda name: "none" if name in ("cuda", "triton") else None
+    )
+    monkeypatch.setenv("T2I_BACKEND", asked or "")
+    monkeypatch.setenv("T2I_STRICT", strict)
+    found = [name[2:] for name, _ in doctor.backends("vq_nearest") if name.startswith(">")]
+    assert found == ([marked] if marked else [])
+
+
 def missing(monkeypatch, reason, programs=()) -> dict[str, str]:
     monkeypatch.setattr(native, "reason", lambda: reason)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in programs else None)

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import t2i.lm.model as model_module
 from t2i.lm import LM_CONFIGS, LMConfig, TransformerLM
-from t2i_kernels import use_backend
+from t2i_kernels import linear_cross_entropy, use_backend
 
 TINY = LMConfig(
     dim=32,
@@ -181,11 +182,42 @@ def test_operators_for_gpus_change_nothing(variant, monkeypatch):
         return [smoothed.detach(), nll.detach(), *(p.grad.clone() for p in lm.parameters())]
 
     with use_backend("reference"):
-        expected = run()
-        calls = []
-        monkeypatch.setattr("t2i.lm.model.fused", lambda x: calls.append(x) or True)
+        expected, called = run(), set()
+        for name in ("linear_cross_entropy", "rms_norm", "rotary", "swiglu"):
+            function = getattr(model_module, name)
+
+            def noted(*call, name=name, function=function, **options):
+                called.add(name)
+                return function(*call, **options)
+
+            monkeypatch.setattr(model_module, name, noted)
+        monkeypatch.setattr(model_module, "fused", lambda op, *call: True)
         torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)
-    assert calls
+    config = lm.config
+    assert called == {
+        "linear_cross_entropy", "swiglu", *["rms_norm"] * (config.norm == "rmsnorm"),
+        *["rotary"] * (lm.rotary_tables is not None),
+    }  # fmt: skip
+
+
+def test_the_loss_under_autocast(monkeypatch):
+    """Of bf16 features and weights; without logits, and with."""
+    lm, x, targets = model(), torch.randn(6, 32), torch.randint(50, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = lm.cross_entropy(x, targets, 0.1)
+    seen = []
+
+    def loss(x, weight, *rest, **options):
+        seen.append((x.dtype, weight.dtype))
+        with torch.autocast("cpu", enabled=False):
+            return linear_cross_entropy(x, weight, *rest, **options)
+
+    monkeypatch.setattr(model_module, "fused", lambda op, *call: True)
+    monkeypatch.setattr(model_module, "linear_cross_entropy", loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = lm.cross_entropy(x, targets, 0.1)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_dropout_acts_in_training_alone():
