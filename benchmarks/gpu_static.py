@@ -133,7 +133,7 @@ def cases() -> list[Case]:
             Case(f"K {codes}{kept}", "draw", "draw", lambda c=(codes, top_k, top_p): sampling(*c))
         )
     x = meta(8, 1024, 576)
-    for dim in (64, 128, 256, 512, 576, 4096, 8192, 32768):
+    for dim in (64, 128, 256, 512, 576, 2048, 4096, 8192, 32768):
         row = meta(8, 1024, dim)
         found += [
             Case(f"forward, D {dim}, bf16", "rms_norm", "rms_norm",

@@ -405,19 +405,9 @@ struct FlashBackwardQueries : FlashBackwardBase<Element, kDim, kSoftcap> {
 
   // Zeros where a query does not see a key of those from ``first`` on.
   T2I_DEVICE static void mask(Scores& p, int first, Kept problem) {
-    const int first_of_lane = first + threadIdx.x % 4 * 2;
-    const int first_at = problem.first() + problem.shift() - first_of_lane;
-    const int length_k = problem.length_k() - first_of_lane;
-    T2I_UNROLL for (int r = 0; r < kRows; ++r) {
-      const int at = first_at + row_of(r);
-      const int begin = at - problem.left(), end = min(at + problem.right() + 1, length_k);
-      T2I_UNROLL for (int n = 0; n < kStep / 8; ++n) {
-        T2I_UNROLL for (int e = 0; e < 2; ++e) {
-          const int key = n * 8 + e;
-          if (key < begin || key >= end) p[r / 2][n][r % 2 * 2 + e] = 0;
-        }
-      }
-    }
+    mask_keys<kRows, kStep>(first, problem, row_of, 0, [&](int r, int n, int e) -> float& {
+      return p[r / 2][n][r % 2 * 2 + e];
+    });
   }
 
   T2I_DEVICE static void run(const FlashBackward& call, const Scale& scale, Problem problem) {

@@ -108,19 +108,9 @@ struct FlashForwardKernel {
 
   // -inf for keys that their query does not see.
   T2I_DEVICE static void mask(Scores& scores, int first_key, Kept problem) {
-    const int first_of_lane = first_key + threadIdx.x % 4 * 2;
-    const int first_at = problem.first() + problem.shift() - first_of_lane;
-    const int length_k = problem.length_k() - first_of_lane;
-    T2I_UNROLL for (int r = 0; r < kRows; ++r) {
-      const int at = first_at + row_of(r);
-      const int begin = at - problem.left(), end = min(at + problem.right() + 1, length_k);
-      T2I_UNROLL for (int n = 0; n < kStep / 8; ++n) {
-        T2I_UNROLL for (int e = 0; e < 2; ++e) {
-          const int key = n * 8 + e;
-          if (key < begin || key >= end) scores[r / 2][n][r % 2 * 2 + e] = -INFINITY;
-        }
-      }
-    }
+    mask_keys<kRows, kStep>(first_key, problem, row_of, -INFINITY, [&](int r, int n, int e) -> float& {
+      return scores[r / 2][n][r % 2 * 2 + e];
+    });
   }
 
   // p = 2^(c scores − base); this lane's sums of it.

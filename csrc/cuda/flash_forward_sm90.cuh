@@ -158,19 +158,9 @@ struct FlashForwardSm90Kernel {
 
   // -inf for keys that their query does not see.
   T2I_DEVICE static void mask(Scores& scores, int tile, Kept problem) {
-    const int first_of_lane = tile * kKeys + threadIdx.x % 4 * 2;
-    const int first_at = problem.first() + problem.shift() - first_of_lane;
-    const int length_k = problem.length_k() - first_of_lane;
-    T2I_UNROLL for (int h = 0; h < 2; ++h) {
-      const int at = first_at + row_of(h);
-      const int begin = at - problem.left(), end = min(at + problem.right() + 1, length_k);
-      T2I_UNROLL for (int n = 0; n < kKeys / 8; ++n) {
-        T2I_UNROLL for (int e = 0; e < 2; ++e) {
-          const int key = n * 8 + e;
-          if (key < begin || key >= end) scores[4 * n + 2 * h + e] = -INFINITY;
-        }
-      }
-    }
+    mask_keys<2, kKeys>(tile * kKeys, problem, row_of, -INFINITY, [&](int h, int n, int e) -> float& {
+      return scores[4 * n + 2 * h + e];
+    });
   }
 
   // p = 2^(c scores − base); this lane's sums of it.

@@ -80,6 +80,26 @@ struct Kept {
   T2I_DEVICE bool masked(int from, int to) const { return (from < full()) | (to > partial()); }
 };
 
+// ``value`` for keys that their query does not see, of scores as mma leaves them: element(r, n, e) is
+// that of this lane's r-th query, row_of(r) of its tile, and of the n-th 8 keys from first_key on the
+// e-th of two.
+template <int kRows, int kKeys, class RowOf, class Scores>
+T2I_DEVICE void mask_keys(int first_key, Kept problem, RowOf row_of, float value, Scores element) {
+  const int first_of_lane = first_key + threadIdx.x % 4 * 2;
+  const int first_at = problem.first() + problem.shift() - first_of_lane;
+  const int length_k = problem.length_k() - first_of_lane;
+  T2I_UNROLL for (int r = 0; r < kRows; ++r) {
+    const int at = first_at + row_of(r);
+    const int begin = at - problem.left(), end = min(at + problem.right() + 1, length_k);
+    T2I_UNROLL for (int n = 0; n < kKeys / 8; ++n) {
+      T2I_UNROLL for (int e = 0; e < 2; ++e) {
+        const int key = n * 8 + e;
+        if (key < begin || key >= end) element(r, n, e) = value;
+      }
+    }
+  }
+}
+
 // Where a row of a head of this block's batch begins.
 T2I_DEVICE const char* rows_of(const void* tensor, const Strides& strides, int row, int head) {
   return static_cast<const char*>(tensor) +

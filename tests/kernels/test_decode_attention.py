@@ -36,6 +36,18 @@ def poisoned(batch, slots, kv_heads, dim, dtype=torch.float32, *, start=None):
     return cache
 
 
+def fill(cache, lengths):
+    """Random keys and values in the first slots of each row; the others stay as they are."""
+    for x, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        for row, used in enumerate(lengths):
+            old = torch.randn(used, *x.shape[2:])
+            if scale is not None:
+                old = (old * 40).round().clamp(-127, 127)
+                scale[row, :used] = torch.rand(used, x.shape[2]) / 40
+            x[row, :used] = old.to(x.dtype)
+    cache.seqlens.copy_(torch.tensor(lengths))
+
+
 def table(positions, rotary_dim):
     """Angles of no model: any mistaken position or channel shows."""
     angles = 2 * math.pi * torch.rand(positions, rotary_dim // 2)

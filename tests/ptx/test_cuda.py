@@ -69,17 +69,7 @@ def attend_packed(dim, dtype, lengths_q, lengths_k, **options):
 def decode(dim, group, int8, slots, tokens=1, dtype=BF16):
     """Lengths around the edges of splits; unused slots hold NaN."""
     cache = decoding.poisoned(2, slots, 2, dim, torch.int8 if int8 else dtype, start=[0, 3])
-    lengths = torch.tensor([slots - tokens, 130])
-    for x in (cache.k, cache.v):
-        for row, used in enumerate(lengths.tolist()):
-            old = torch.randn(used, 2, dim)
-            x[row, :used] = (
-                (old * 40).round().clamp(-127, 127).to(x.dtype) if int8 else old.to(dtype)
-            )
-    for scale in (cache.k_scale, cache.v_scale):
-        if scale is not None:
-            scale.copy_(torch.rand(scale.shape) / 40)
-    cache.seqlens.copy_(lengths)
+    decoding.fill(cache, [slots - tokens, 130])
     new = decoding.tokens(2, tokens, 2 * group, 2, dim, dtype)
     decoding.step("cuda", cache, *new, **decoding.table(slots, dim))
 

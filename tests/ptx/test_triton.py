@@ -34,17 +34,7 @@ def attend(dim, dtype, lq=140, lk=140, **options):
 def decode(dim, group, int8, slots=300):
     """Lengths around the edges of splits; unused slots hold NaN."""
     cache = decoding.poisoned(2, slots, 2, dim, torch.int8 if int8 else BF16, start=[0, 3])
-    lengths = torch.tensor([slots - 1, 130])
-    for x in (cache.k, cache.v):
-        for row, used in enumerate(lengths.tolist()):
-            old = torch.randn(used, 2, dim)
-            x[row, :used] = (
-                (old * 40).round().clamp(-127, 127).to(x.dtype) if int8 else old.to(BF16)
-            )
-    for scale in (cache.k_scale, cache.v_scale):
-        if scale is not None:
-            scale.copy_(torch.rand(scale.shape) / 40)
-    cache.seqlens.copy_(lengths)
+    decoding.fill(cache, [slots - 1, 130])
     tokens = decoding.tokens(2, 1, 2 * group, 2, dim, BF16)
     decoding.step("triton", cache, *tokens, **decoding.table(slots, dim))
 
