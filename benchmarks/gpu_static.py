@@ -73,11 +73,10 @@ def nearest(dim: int, codes: int, metric: str) -> tuple:
 
 
 def decoding(
-    dim: int, group: int, kept: torch.dtype = torch.bfloat16, tokens: int = 1, batch: int = 2,
+    dim: int, group: int, dtype: torch.dtype, kept: torch.dtype, tokens: int = 1, batch: int = 2,
     slots: int = 4096,
 ) -> tuple:  # fmt: skip
     int8 = kept == torch.int8
-    dtype = torch.bfloat16 if int8 else kept
     q, new = (meta(batch, tokens, n, dim, dtype=dtype) for n in (8 * group, 8))
     cache = meta(batch, slots, 8, dim, dtype=kept)
     scale = meta(batch, slots, 8, dtype=torch.float32) if int8 else None
@@ -114,18 +113,19 @@ def cases() -> list[Case]:
             Case(f"K {codes}, d {dim}, {metric}", "vq_nearest", "vq_nearest",
                  lambda *a, c=(dim, codes, metric): nearest(*c))
         )  # fmt: skip
-    bf16, int8, fp32 = torch.bfloat16, torch.int8, torch.float32
-    for dim, group, kept, tokens in [
-        (64, 3, bf16, 1), (64, 3, int8, 1), (128, 1, bf16, 1), (128, 1, int8, 1),
-        (128, 4, bf16, 1), (128, 4, int8, 1), (128, 1, fp32, 1), (256, 1, fp32, 1),
-        (64, 3, bf16, 64), (64, 3, int8, 64), (128, 1, bf16, 64), (128, 1, fp32, 64),
-        (256, 1, fp32, 64),
+    bf16, fp16, fp32, int8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+    for dim, group, dtype, kept, tokens in [
+        (64, 3, bf16, bf16, 1), (64, 3, bf16, int8, 1), (128, 1, bf16, bf16, 1),
+        (128, 1, bf16, int8, 1), (128, 1, fp16, int8, 1), (128, 4, bf16, bf16, 1),
+        (128, 4, bf16, int8, 1), (128, 1, fp32, fp32, 1), (256, 1, fp32, fp32, 1),
+        (64, 3, bf16, bf16, 64), (64, 3, bf16, int8, 64), (64, 3, fp16, int8, 64),
+        (128, 1, bf16, bf16, 64), (128, 1, fp32, fp32, 64), (256, 1, fp32, fp32, 64),
     ]:  # fmt: skip
         name = f"{tokens} token{'s' * (tokens > 1)}, group of {group}, d {dim}, {TYPES[kept]} cache"
-        name = name.replace("i8", "int8")
+        name = name.replace("i8", "int8" if dtype == bf16 else f"{TYPES[dtype]} beside an int8")
         found.append(
             Case(name, "decode_attention", "decode_attention",
-                 lambda c=(dim, group, kept, tokens): decoding(*c))
+                 lambda c=(dim, group, dtype, kept, tokens): decoding(*c))
         )  # fmt: skip
     for codes, top_k, top_p in [(1024, 0, 1.0), (4096, 0, 1.0), (16384, 0, 1.0), (16384, 100, 0.9)]:
         kept = f", top-k {top_k}, top-p {top_p}" if top_k else ""

@@ -98,11 +98,17 @@ TABLE = {
             ),
         },
         120: {
+            128: dict(
+                SPLIT=256, BLOCK_M=16, BLOCK_N=64, WAYS=4, BLOCK_NEW=16, num_warps=4, num_stages=3
+            ),
             1024: dict(
                 SPLIT=128, BLOCK_M=16, BLOCK_N=16, WAYS=1, BLOCK_NEW=16, num_warps=8, num_stages=2
             ),
         },
         AMD: {
+            128: dict(
+                SPLIT=256, BLOCK_M=16, BLOCK_N=64, WAYS=4, BLOCK_NEW=16, num_warps=4, num_stages=3
+            ),
             1024: dict(
                 SPLIT=128, BLOCK_M=16, BLOCK_N=16, WAYS=1, BLOCK_NEW=16, num_warps=8, num_stages=2
             ),

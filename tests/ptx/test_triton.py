@@ -23,7 +23,7 @@ import test_vq_nearest as nearest  # noqa: E402
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(triton_backend.INTERPRETED, reason="TRITON_INTERPRET is 1")
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, INT8 = torch.bfloat16, torch.float16, torch.int8
 
 
 def attend(dim, dtype, lq=140, lk=140, **options):
@@ -31,11 +31,11 @@ def attend(dim, dtype, lq=140, lk=140, **options):
     flash.compare("triton", *flash.tensors(1, lq, lk, 2, 1, dim, dtype=dtype), **options)
 
 
-def decode(dim, group, int8, slots=300):
+def decode(dim, group, dtype, kept, slots=300):
     """Lengths around the edges of splits; unused slots hold NaN."""
-    cache = decoding.poisoned(2, slots, 2, dim, torch.int8 if int8 else BF16, start=[0, 3])
+    cache = decoding.poisoned(2, slots, 2, dim, kept, start=[0, 3])
     decoding.fill(cache, [slots - 1, 130])
-    tokens = decoding.tokens(2, 1, 2 * group, 2, dim, BF16)
+    tokens = decoding.tokens(2, 1, 2 * group, 2, dim, dtype)
     decoding.step("triton", cache, *tokens, **decoding.table(slots, dim))
 
 
@@ -65,9 +65,10 @@ CASES = {
     "vq_nearest cosine": (
         (80,), lambda: nearest.compare("triton", *nearest.gaussian(130, 150, 8), "cosine"), 1, 5.5
     ),
-    "decode bf16": ((80, 90), lambda: decode(64, 3, False), 1, 1.15),
-    "decode int8": ((80, 90), lambda: decode(64, 3, True), 1.3, 1.5),
-    "decode d 128 bf16": ((80,), lambda: decode(128, 4, False), 1, 1.25),
+    "decode bf16": ((80, 90), lambda: decode(64, 3, BF16, BF16), 1, 1.15),
+    "decode int8": ((80, 90), lambda: decode(64, 3, BF16, INT8), 1.3, 1.5),
+    "decode fp16 int8": ((80,), lambda: decode(128, 1, FP16, INT8), 1.3, 1.5),
+    "decode d 128 bf16": ((80,), lambda: decode(128, 4, BF16, BF16), 1, 1.25),
     "rms_norm": ((80,), lambda: norm.compare("triton", half(3, 576), half(576)), 1, 1),
     "swiglu": ((80,), lambda: gating.compare("triton", half(3, 576), half(3, 576)), 1, 1),
     "rotary": (

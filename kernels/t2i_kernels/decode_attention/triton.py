@@ -195,11 +195,22 @@ def append_kernel(
 
 
 @triton.jit
-def _attend(acc, odd, total, largest, q, q_odd, k, v, factor, weight, slots, low, stop, positions,
-            edge, window, cap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+def _grow(unit, weight):
+    """(unit, the old one by it, 1 / unit): a power of 2, no smaller than before, that weights are
+    below twice of, so that probabilities times them fit fp16 whatever the scales of a cache are."""
+    most = tl.maximum(unit, tl.max(tl.abs(weight), len(weight.shape) - 1))
+    power = tl.minimum(most, 2.0**126).to(tl.int32, bitcast=True) & 0x7F800000
+    inverse = (0x7F000000 - power).to(tl.float32, bitcast=True)
+    return power.to(tl.float32, bitcast=True), unit * inverse, inverse
+
+
+@triton.jit
+def _attend(acc, odd, total, largest, unit, q, q_odd, k, v, factor, weight, slots, low, stop,
+            positions, edge, window, cap, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
             PAIRS: tl.constexpr):  # fmt: skip
     """Adds a tile of slots to the sums of a tile of queries. Scores, as powers of 2, are factor ·
-    q·k; weight is what values are multiplied by; ``edge``: not all is seen."""
+    q·k; ``weight`` multiplies values, acc and odd are in units of ``unit``; ``edge``: not all is
+    seen."""
     LAST: tl.constexpr = len(q.shape) - 1
     if PAIRS:
         k, k_odd = _part(k, q.dtype)
@@ -220,16 +231,14 @@ def _attend(acc, odd, total, largest, q, q_odd, k, v, factor, weight, slots, low
     keep = tl.exp2(largest - base)
     p = tl.exp2(s - tl.expand_dims(base, -1))
     total = total * keep + tl.sum(p, LAST)
-    keep = tl.expand_dims(keep, -1)
     if PAIRS:
-        # Not fp16: a scale may be any number, and so may p times it.
-        v, v_odd = _part(v, tl.float32 if q.dtype == tl.float32 else tl.bfloat16)
-        p = round_to(p * tl.expand_dims(weight, -2), v.dtype)
-        odd = dot(p, v_odd, odd * keep)
-    else:
-        p = round_to(p, v.dtype)
-    acc = dot(p, v, acc * keep)
-    return acc, odd, total, above
+        unit, change, inverse = _grow(unit, weight)
+        keep *= tl.expand_dims(change, -1)
+        p *= tl.expand_dims(weight * tl.expand_dims(inverse, -1), -2)
+        v, v_odd = _part(v, tl.float32 if q.dtype == tl.float32 else tl.float16)
+        odd = dot(round_to(p, v.dtype), v_odd, odd * tl.expand_dims(keep, -1))
+    acc = dot(round_to(p, v.dtype), v, acc * tl.expand_dims(keep, -1))
+    return acc, odd, total, above, unit
 
 
 @triton.jit
@@ -357,7 +366,7 @@ def attend_kernel(
         total = tl.broadcast_to(total[None], [WAYS, BLOCK_M])
         largest = tl.broadcast_to(largest[None], [WAYS, BLOCK_M])
         keys = tl.reshape(keys, [WAYS, BLOCK_N // WAYS])
-    odd = acc if PAIRS else 0.0
+    odd, unit = (acc, tl.full(keys.shape[:-1], TINY, tl.float32)) if PAIRS else (0.0, 1.0)
     k_tile = k + tl.expand_dims(keys.to(tl.int64), -1) * STRIDE_K + columns
     v_tile = v + tl.expand_dims(keys.to(tl.int64), -1) * STRIDE_V + columns
     if PAIRS:
@@ -380,10 +389,10 @@ def attend_kernel(
             weight = tl.load(v_scales + at * stride_vst)
         else:
             factor, weight = c, 1.0
-        acc, odd, total, largest = _attend(
-            acc, odd, total, largest, x, y, kx, vx, factor, weight, here, n, stop, used + token,
-            (n0 < n) | (n0 < left) | (n0 + BLOCK_N > right + 1), window, cap, WINDOW, SOFTCAP,
-            PAIRS,
+        acc, odd, total, largest, unit = _attend(
+            acc, odd, total, largest, unit, x, y, kx, vx, factor, weight, here, n, stop,
+            used + token, (n0 < n) | (n0 < left) | (n0 + BLOCK_N > right + 1), window, cap, WINDOW,
+            SOFTCAP, PAIRS,
         )  # fmt: skip
     for n in tl.range(whole, stop, BLOCK_N, num_stages=1):
         here = n + keys
@@ -397,11 +406,14 @@ def attend_kernel(
             weight = tl.load(v_scales + at * stride_vst, mask=inside, other=0.0)
         else:
             factor, weight = c, 1.0
-        acc, odd, total, largest = _attend(
-            acc, odd, total, largest, x, y, kx, vx, factor, weight, here, n, stop, used + token,
-            True, window, cap, WINDOW, SOFTCAP, PAIRS,
+        acc, odd, total, largest, unit = _attend(
+            acc, odd, total, largest, unit, x, y, kx, vx, factor, weight, here, n, stop,
+            used + token, True, window, cap, WINDOW, SOFTCAP, PAIRS,
         )  # fmt: skip
 
+    if PAIRS:
+        unit = tl.expand_dims(tl.expand_dims(unit, -1), -1)
+        acc, odd = acc * unit, odd * unit
     if WAYS > 1:
         if PAIRS:
             odd, _, _ = _merge(odd, total, largest)
