@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -61,25 +62,22 @@ def main() -> None:
     runs = json.loads((RESULTS / "decode.json").read_text())["runs"]
     order = ("fp32", "bf16", "int8", "int4")
     runs.sort(key=lambda run: (
-        list(SHAPES).index(run["case"]["shape"]), -run["case"]["threads"], run["case"]["batch"],
-        order.index(run["case"]["precision"]),
+        list(SHAPES).index(run["case"]["shape"]), run["case"]["instruction_set"],
+        -run["case"]["threads"], run["case"]["batch"], order.index(run["case"]["precision"]),
     ))  # fmt: skip
     for run in runs:
         failed = [n for n, row in run["rows"].items() if n.startswith("t2i") and "skipped" in row
                   and n != "t2i, guided, ahead"]  # fmt: skip
         assert not failed, f"{run['case']}: {failed} did not run"
+    machines = sorted({f"{r['case']['instruction_set']} ({r['machine']})" for r in runs})
+    parts = [ABOUT, f"Machines: {', '.join(machines)}.\n"]
     pictures = [run for run in runs if SHAPES[run["case"]["shape"]].ours]
     runs = [run for run in runs if run not in pictures]
-    parts = [ABOUT, f"![roofline]({roofline(runs)})\n"]
+    parts += [f"![roofline]({roofline(runs)})\n"]
     rows = [row for run in runs + pictures for row in run["rows"].values() if "versions" in row]
     parts += [", ".join(sorted({f"{p} {v}" for r in rows for p, v in r["versions"].items()}))]
-    for shape in dict.fromkeys(run["case"]["shape"] for run in runs):
-        for threads in dict.fromkeys(run["case"]["threads"] for run in runs):
-            here = [
-                r for r in runs if (r["case"]["shape"], r["case"]["threads"]) == (shape, threads)
-            ]
-            if here:
-                parts += [f"\n## {shape}, {threads} thread{'s' * (threads > 1)}\n", *tables(here)]
+    for title, here in itertools.groupby(runs, place):
+        parts += [f"\n## {title}\n", *tables(list(here))]
     quality = RESULTS / "decode-quality.json"
     if quality.exists():
         parts += ["\n## What smaller weights and caches cost\n", QUALITY]
@@ -95,12 +93,22 @@ def main() -> None:
     overview(runs)
 
 
+def place(run: dict[str, Any]) -> str:
+    case = run["case"]
+    return f"{case['shape']}, {where(case)}"
+
+
+def where(case: dict[str, Any]) -> str:
+    threads = case["threads"]
+    return f"{case['instruction_set']}, {threads} thread{'s' * (threads > 1)}"
+
+
 def overview(runs: list[dict[str, Any]]) -> None:
-    """The table of the project's README: all that ran on as many threads as most cases did."""
-    threads = statistics.mode(run["case"]["threads"] for run in runs)
-    runs = [run for run in runs if run["case"]["threads"] == threads]
+    """The table of the project's README: what ran on the machine and the threads of most cases."""
+    common = statistics.mode(where(run["case"]) for run in runs)
+    runs = [run for run in runs if where(run["case"]) == common]
     batches = sorted({run["case"]["batch"] for run in runs})
-    lines = [f"| model, {threads} threads | weights | of bandwidth, batch 1 | best engine there | "
+    lines = [f"| model, {common} | weights | of bandwidth, batch 1 | best engine there | "
              + " | ".join(f"batch {batch}" for batch in batches) + " |"]  # fmt: skip
     lines += ["|---" * (4 + len(batches)) + "|"]
     for case in dict.fromkeys((run["case"]["shape"], run["case"]["precision"]) for run in runs):
@@ -191,7 +199,7 @@ def picture_table(runs: list[dict[str, Any]]) -> list[str]:
         reading = row["bytes"] * row["passes"][0] / run["bandwidth"]
         outside = 1 - reading / statistics.median(row["decode"])
         cells = [
-            f"{case['shape']}, {case['threads']} thr.", case["tokens"], case["precision"],
+            place(run), case["tokens"], case["precision"],
             f"{theirs / ours:.1f}×" if theirs else "", f"{best / ours:.2f}×" if best else "",
             f"{ours:.3g} s", f"{outside:.0%}",
             ", ".join(f"{n} {s:.3g} s" for n, s in sorted(others.items(), key=lambda x: x[1])),
@@ -237,8 +245,7 @@ def roofline(runs: list[dict[str, Any]]) -> str:
         axes.scatter(*zip(*places, strict=True), label=name, **style)
     axes.axvline(1, color="grey", linewidth=1)
     labels = [
-        f"{c['shape']}, {c['precision']}, batch {c['batch']}, {c['threads']} thr."
-        for c in (run["case"] for run in runs)
+        f"{run['case']['precision']}, batch {run['case']['batch']}: {place(run)}" for run in runs
     ]
     axes.set_yticks(range(len(runs)), labels, fontsize=7)
     axes.set_ylim(len(runs) - 0.4, -0.6)

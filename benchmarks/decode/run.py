@@ -46,6 +46,8 @@ PACKAGES = {
 
 
 def main() -> None:
+    from t2i_kernels import native
+
     options = arguments()
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": []}
     pythons = {name: environment(name) for name in ENGINES | PICTURES}
@@ -57,8 +59,9 @@ def main() -> None:
                 for precision in options.precisions:
                     if SHAPES[shape].ours and batch != 2:
                         continue  # a picture and its unconditional half
-                    case = {"shape": shape, "threads": threads, "batch": batch,
-                            "precision": precision, "tokens": SHAPES[shape].tokens,
+                    case = {"shape": shape, "instruction_set": native.cpu_capability(),
+                            "threads": threads, "batch": batch, "precision": precision,
+                            "tokens": SHAPES[shape].tokens,
                             "prompt": SHAPES[shape].prompt}  # fmt: skip
                     if any(run["case"] == case for run in record["runs"]) and not options.again:
                         continue
@@ -238,8 +241,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             + f"{row['spread']:.0%} spread",
             flush=True,
         )
-    return {"case": case, "bandwidth": limit, "rows": rows, "machine": processor(),
-            "instruction_set": native.cpu_capability()}  # fmt: skip
+    return {"case": case, "bandwidth": limit, "rows": rows, "machine": processor()}
 
 
 def processor() -> str:
