@@ -62,11 +62,9 @@ KERNEL_SOURCES = [
     "csrc/cpu/norm.cpp",
     "csrc/cpu/draw.cpp",
 ]
-AMX_SOURCES = [
-    "csrc/cpu/flash_attention_amx.cpp",
-    "csrc/cpu/vq_nearest.cpp",
-    "csrc/cpu/linear.cpp",
-]
+# What these sets do better than the one before.
+VNNI_SOURCES = ["csrc/cpu/linear.cpp"]
+AMX_SOURCES = ["csrc/cpu/flash_attention_amx.cpp", "csrc/cpu/vq_nearest.cpp"]
 PLAIN_SOURCES = [
     "csrc/cpu/capability.cpp",
     "csrc/cpu/bandwidth.cpp",
@@ -91,12 +89,14 @@ PLAIN_FLAGS = ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-exceptions"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-AMX_FLAGS = [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"]
+VNNI_FLAGS = [*AVX512_FLAGS, "-mavx512vnni"]
+AMX_FLAGS = [*VNNI_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 CAPABILITY_FLAGS = {
     "DEFAULT": [],
     "AVX2": AVX2_FLAGS,
     "AVX512": AVX512_FLAGS,
-    "AMX": [*AMX_FLAGS, "-DCPU_CAPABILITY_AVX512"],  # which is what at::vec knows
+    "AVX512_VNNI": [*VNNI_FLAGS, "-DCPU_CAPABILITY_AVX512"],  # which is what at::vec knows
+    "AMX": [*AMX_FLAGS, "-DCPU_CAPABILITY_AVX512"],
 }
 
 
@@ -202,7 +202,9 @@ class Toolchain:
         self.torch, self.torch_version = find_torch()
         self.compiler_version = self.run("--version").splitlines()[0]
         x86 = platform.machine() in ("x86_64", "AMD64")
-        self.capabilities = ["DEFAULT", "AVX2", "AVX512"] if x86 else ["DEFAULT"]
+        self.capabilities = ["DEFAULT"]
+        if x86:
+            self.capabilities += ["AVX2", "AVX512", "AVX512_VNNI"]
         if x86 and self.has_amx():
             self.capabilities.append("AMX")
 
@@ -230,7 +232,7 @@ class Toolchain:
         """(source, instruction set or None) of every compilation."""
         units = [(source, None) for source in PLAIN_SOURCES]
         for name in self.capabilities:
-            sources = AMX_SOURCES if name == "AMX" else KERNEL_SOURCES
+            sources = {"AVX512_VNNI": VNNI_SOURCES, "AMX": AMX_SOURCES}.get(name, KERNEL_SOURCES)
             units += [(source, name) for source in sources]
         return units
 

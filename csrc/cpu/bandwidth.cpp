@@ -18,14 +18,14 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Reads count vectors, a multiple of kStreams * 4.
-void read(const Vec* data, int64_t count) {
+// Reads count vectors, a multiple of kStreams * 4, and asks for those that come `ahead` vectors later.
+void read(const Vec* data, int64_t count, int64_t ahead) {
   const int64_t stream = count / kStreams;
   Vec sum[kStreams] = {};
   for (int64_t i = 0; i < stream; i += 4) {
     for (int64_t s = 0; s < kStreams; ++s) {
       const Vec* at = data + s * stream + i;
-      __builtin_prefetch(at + 64);
+      __builtin_prefetch(at + ahead);
       sum[s] += (at[0] + at[1]) + (at[2] + at[3]);
     }
   }
@@ -55,13 +55,15 @@ double t2i_read_bandwidth(int threads, int64_t size) {
   madvise(memory, size_t(total), MADV_HUGEPAGE);
   char* bytes = static_cast<char*>(memory);
   timed(threads, [&](int t) { std::fill_n(bytes + t * part, part, char(1)); });
-  // Rounds of 20 ms at least, so that starting threads does not count.
+  // Rounds of 20 ms at least, so that starting threads does not count. Which distance is best depends
+  // on the processor.
   double best = 0;
   int64_t repeats = 1;
-  for (int round = 0; round < 6; ++round) {
+  for (int round = 0; round < 9; ++round) {
+    const int64_t ahead = round % 3 * 32;
     const double seconds = timed(threads, [&](int t) {
       for (int64_t i = 0; i < repeats; ++i) {
-        read(reinterpret_cast<const Vec*>(bytes + t * part), part / 16);
+        read(reinterpret_cast<const Vec*>(bytes + t * part), part / 16, ahead);
       }
     });
     best = std::max(best, double(total) * double(repeats) / seconds);

@@ -12,7 +12,7 @@
 namespace t2i::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512", "AMX"};
+constexpr const char* kNames[] = {"DEFAULT", "AVX2", "AVX512", "AVX512_VNNI", "AMX"};
 
 #if defined(__x86_64__) && defined(T2I_AMX)
 // Tiles of bf16, and the vectors that feed them. Linux gives the registers to a process that asks.
@@ -37,7 +37,9 @@ Capability best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512) return has_amx() ? Capability::AMX : Capability::AVX512;
+  if (avx2 && avx512 && has_amx()) return Capability::AMX;
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512vnni")) return Capability::AVX512_VNNI;
+  if (avx2 && avx512) return Capability::AVX512;
   if (avx2) return Capability::AVX2;
 #endif
   return Capability::DEFAULT;
@@ -49,6 +51,15 @@ std::atomic<Capability>& current() {
 }
 
 }  // namespace
+
+int64_t prefetch_distance() {
+#if defined(__x86_64__)
+  // AMD has AVX-512 from Zen 4 on.
+  static const bool undisturbed = __builtin_cpu_is("amd") && best() >= Capability::AVX512;
+  if (undisturbed) return 0;
+#endif
+  return 2048;
+}
 
 Capability capability() { return current().load(std::memory_order_relaxed); }
 

@@ -30,9 +30,6 @@ static_assert(kStreams <= kLinearPanels && kTileStreams <= kLinearPanels &&
 constexpr int64_t kDepth = 512;
 static_assert(kDepth % kBlockInputs == 0);
 
-// Far enough for memory, and near enough to be there still when it is read.
-inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + 2048); }
-
 // The sums of 16 outputs.
 struct Sums {
   Vec v[kVecs];
@@ -240,6 +237,7 @@ inline __attribute__((always_inline)) void float_tile(const uint8_t* const (&pan
   constexpr int64_t step = type == WeightType::f32 ? 1 : 2;
   const int64_t whole = begin + (end - begin) / step * step;
   int64_t offset = offset_of<type>(begin);
+  const int64_t ahead = prefetch_distance();
 #pragma GCC unroll 2
   for (int64_t k = begin; k < whole; k += step, offset += 64) {
     Vec first[M], second[M];
@@ -249,7 +247,7 @@ inline __attribute__((always_inline)) void float_tile(const uint8_t* const (&pan
     }
     for (int r = 0; r < R; ++r) {
       const uint8_t* line = panels[r] + offset;
-      prefetch(line);
+      __builtin_prefetch(line + ahead);
       if constexpr (type == WeightType::f32) {
         Vec weight[kVecs];
         for (int v = 0; v < kVecs; ++v) weight[v] = Vec::loadu(line + v * kLanes * 4);
@@ -281,6 +279,7 @@ inline __attribute__((always_inline)) void quantized_tile(const uint8_t* const (
   constexpr bool int4 = type == WeightType::int4;
   constexpr int kWords = int(kGroupInputs / 4), kLines = int4 ? kWords / 2 : kWords;
   constexpr int32_t bias = int4 ? 8 : kBias;
+  const int64_t ahead = prefetch_distance();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t offset = offset_of<type>(block * kBlockInputs);
     for (int half = 0; half < 2; ++half) {
@@ -301,7 +300,7 @@ inline __attribute__((always_inline)) void quantized_tile(const uint8_t* const (
       for (int line = 0; line < kLines; ++line) {
         for (int r = 0; r < R; ++r) {
           const uint8_t* at = panels[r] + offset + 64 * (1 + half * kLines + line);
-          prefetch(at);
+          __builtin_prefetch(at + ahead);
           const Bytes weights = bytes(at);
           if constexpr (int4) {
             const Bytes low = low_nibbles(weights), high = high_nibbles(weights);

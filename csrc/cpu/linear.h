@@ -95,19 +95,15 @@ extern const LinearKernels linear_kernels;
 namespace AVX512 {
 extern const LinearKernels linear_kernels;
 }
-#if defined(T2I_AMX)
-namespace AMX {  // for the dot products of bytes that come with it
+namespace AVX512_VNNI {  // dot products of bytes
 extern const LinearKernels linear_kernels;
 }
-#endif
 #endif
 
 inline const LinearKernels& linear_kernels() {
 #if defined(__x86_64__)
-#if defined(T2I_AMX)
-  if (capability() == Capability::AMX) return AMX::linear_kernels;
-#endif
-  if (capability() >= Capability::AVX512) return AVX512::linear_kernels;
+  if (capability() >= Capability::AVX512_VNNI) return AVX512_VNNI::linear_kernels;
+  if (capability() == Capability::AVX512) return AVX512::linear_kernels;
   if (capability() == Capability::AVX2) return AVX2::linear_kernels;
 #endif
   return DEFAULT::linear_kernels;

@@ -18,7 +18,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libt2i_kernels.so")
 BUILD_INFO = Path(__file__).with_name("_build_info.json")
-CPU_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AMX")  # csrc/cpu/capability.cpp
+CPU_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512", "AVX512_VNNI", "AMX")  # csrc/cpu/capability.cpp
 MINIMUM_TORCH = (2, 13)  # the stable ABI that the library is built for
 
 

@@ -12,7 +12,8 @@ from t2i_kernels.draw import draw, gumbel_noise
 CPU = native.cpu_capabilities()
 
 
-@pytest.fixture(params=[*(name for name in CPU if name != "AMX"), "triton"])
+# The other instruction sets have nothing of their own for it.
+@pytest.fixture(params=[*CPU[:3], "triton"])
 def backend(request):
     if request.param == "triton":
         skip_without_triton()
