@@ -69,7 +69,12 @@ def main() -> None:
         failed = [n for n, row in run["rows"].items() if n.startswith("t2i") and "skipped" in row
                   and n != "t2i, guided, ahead"]  # fmt: skip
         assert not failed, f"{run['case']}: {failed} did not run"
-    machines = sorted({f"{r['case']['instruction_set']} ({r['machine']})" for r in runs})
+    machines = sorted(
+        {
+            f"{r['case']['instruction_set']} ({r['machine'] or 'its name is not known'})"
+            for r in runs
+        }
+    )
     parts = [ABOUT, f"Machines: {', '.join(machines)}.\n"]
     pictures = [run for run in runs if SHAPES[run["case"]["shape"]].ours]
     runs = [run for run in runs if run not in pictures]

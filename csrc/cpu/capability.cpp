@@ -54,8 +54,8 @@ std::atomic<Capability>& current() {
 
 int64_t prefetch_distance() {
 #if defined(__x86_64__)
-  // AMD has AVX-512 from Zen 4 on.
-  static const bool undisturbed = __builtin_cpu_is("amd") && best() >= Capability::AVX512;
+  // AMD has AVX-512 from Zen 4 on. best() also initializes what __builtin_cpu_is reads.
+  static const bool undisturbed = best() >= Capability::AVX512 && __builtin_cpu_is("amd");
   if (undisturbed) return 0;
 #endif
   return 2048;
