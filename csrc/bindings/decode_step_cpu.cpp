@@ -20,7 +20,7 @@ using namespace t2i::cpu;
 
 constexpr const char* kStepOp = "decode_step";
 constexpr const char* kDrawOp = "draw_tokens";
-constexpr int64_t kFewRows = 16;  // every thread normalises them for itself: no barrier
+constexpr int64_t kFewRows = 3;  // every thread normalises them for itself: no barrier
 
 enum class QKNorm { none, head, full };
 

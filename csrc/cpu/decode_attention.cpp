@@ -147,29 +147,38 @@ Vec sums(Vec (&x)[kLanes]) {
   return x[0];
 }
 
-// scores[count]: q . k, for as many slots.
+// scores[R, kSlots]: q[R, width] . k, for count slots, which are read once, in their order: what the
+// processor fetches ahead by itself is the most that memory gives.
+template <int R>
 void dot(const float* q, const SlotRows& k, int64_t width, int64_t count, float* scores) {
   for (int64_t first = 0; first < count; first += kLanes) {
-    Vec x[kLanes];
+    Vec x[R][kLanes];
     const int64_t here = min_of(kLanes, count - first);
-    const float* rows = k.data + first * k.stride;
-    for (int64_t i = 0; i < kLanes; ++i) x[i] = Vec(0.f);
-    if (here == kLanes) {
+    for (int64_t i = 0; i < here; ++i) {
+      const float* row = k.data + (first + i) * k.stride;
+      Vec sum[R];
+      for (int r = 0; r < R; ++r) sum[r] = Vec(0.f);
       for (int64_t d = 0; d < width; d += kLanes) {
-        const Vec query = Vec::loadu(q + d);
-        for (int64_t i = 0; i < kLanes; ++i) {
-          x[i] = at::vec::fmadd(query, Vec::loadu(rows + i * k.stride + d), x[i]);
+        const Vec key = Vec::loadu(row + d);
+        for (int r = 0; r < R; ++r) {
+          sum[r] = at::vec::fmadd(Vec::loadu(q + r * width + d), key, sum[r]);
         }
       }
-    } else {
-      for (int64_t i = 0; i < here; ++i) {
-        for (int64_t d = 0; d < width; d += kLanes) {
-          x[i] = at::vec::fmadd(Vec::loadu(q + d), Vec::loadu(rows + i * k.stride + d), x[i]);
-        }
-      }
+      for (int r = 0; r < R; ++r) x[r][i] = sum[r];
     }
-    sums(x).store(scores + first);
+    for (int64_t i = here; i < kLanes; ++i) {
+      for (int r = 0; r < R; ++r) x[r][i] = Vec(0.f);
+    }
+    for (int r = 0; r < R; ++r) sums(x[r]).store(scores + r * kSlots + first);
   }
+}
+
+// All rows of a task.
+void dot(const float* q, int64_t rows, const SlotRows& k, int64_t width, int64_t count, float* scores) {
+  for (; rows >= 4; rows -= 4, q += 4 * width, scores += 4 * kSlots) dot<4>(q, k, width, count, scores);
+  if (rows == 3) dot<3>(q, k, width, count, scores);
+  if (rows == 2) dot<2>(q, k, width, count, scores);
+  if (rows == 1) dot<1>(q, k, width, count, scores);
 }
 
 void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial& partial,
@@ -200,9 +209,9 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
         read_slots(step, step.k, step.k_scale, row, head, begin, count, space.k);
     const SlotRows v =
         read_slots(step, step.v, step.v_scale, row, head, begin, count, space.v);
+    dot(space.q, rows, k, width, count, space.scores);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = space.scores + r * kSlots;
-      dot(space.q + r * width, k, width, count, scores);
       const int64_t own = seqlen + task.token + r / step.groups;
       const int64_t first = own - step.window;  // no task has slots before start
       for (int64_t j = 0; j < kSlots; ++j) {

@@ -468,31 +468,35 @@ void multiply(const PackedMatrix& w, const LinearInputs& in, int64_t begin, int6
 
 // ---- Quantisation ------------------------------------------------------------------------------
 
+// Bytes may alias whatever else there is: results are local until they are complete.
 void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum) {
   Vec largest(0.f);
-  bool finite = true;
   for (int64_t k = 0; k < kGroupInputs; k += kLanes) {
-    const Vec size = Vec::loadu(x + k).abs();
-    largest = at::vec::maximum(largest, size);  // keeps NaN
+    largest = at::vec::maximum(largest, Vec::loadu(x + k).abs());  // keeps NaN
   }
-  float lanes[kLanes], most = 0;
-  largest.store(lanes);
-  for (int64_t i = 0; i < kLanes; ++i) {
-    finite = finite && lanes[i] < kInf;
-    most = lanes[i] > most ? lanes[i] : most;
+  const float most = largest_lane(largest), step = most / 127;
+  if (!(most < kInf)) {
+    std::memset(values, 0, kGroupInputs);
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    *sum = 0;
+    return;
   }
-  *scale = finite ? most / 127 : std::numeric_limits<float>::quiet_NaN();
-  *sum = 0;
   const float tiny = std::numeric_limits<float>::min();
-  const Vec factor(finite ? 1 / (*scale < tiny ? tiny : *scale) : 0.f);
+  const Vec factor(1 / (step < tiny ? tiny : step));
+  int32_t numbers[kGroupInputs];
   for (int64_t k = 0; k < kGroupInputs; k += kLanes) {
-    (Vec::loadu(x + k) * factor).round().store(lanes);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const int32_t value = finite ? int32_t(lanes[i]) : 0;
-      values[k + i] = int8_t(value);
-      *sum += value;
-    }
+    const Vec rounded = (Vec::loadu(x + k) * factor).round();
+    at::vec::convert_to_int_of_same_size(rounded).store(numbers + k);
   }
+  int8_t bytes[kGroupInputs];
+  int32_t total = 0;
+  for (int64_t i = 0; i < kGroupInputs; ++i) {
+    bytes[i] = int8_t(numbers[i]);
+    total += numbers[i];
+  }
+  std::memcpy(values, bytes, kGroupInputs);
+  *scale = step;
+  *sum = total;
 }
 
 void quantize(const float* x, int64_t inputs, const Quantized& row) {

@@ -180,6 +180,19 @@ inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t 
   }
 }
 
+// ---- Across lanes ------------------------------------------------------------------------------
+
+// The largest of all lanes, NaN where one is. Each step compares a lane with that half a vector away.
+inline float largest_lane(Vec x) {
+  for (int64_t step = 1; step < kLanes; step *= 2) {
+    const auto pair = at::vec::interleave2(x, x);
+    x = at::vec::maximum(pair.first, pair.second);
+  }
+  float lanes[kLanes];
+  x.store(lanes);
+  return lanes[0];
+}
+
 // ---- Exponentials ------------------------------------------------------------------------------
 
 constexpr float kLog2e = 1.4426950408889634f;

@@ -36,7 +36,7 @@ FILES = {  # what is compiled, and what that includes
         "csrc/cpu/vec.h",
     ],
     "decode_attention": ["csrc/cpu/decode_attention.cpp"],
-    "linear": ["csrc/cpu/linear.cpp"],
+    "linear": ["csrc/cpu/linear.cpp", "csrc/cpu/vec.h"],
     "norm": ["csrc/cpu/norm.cpp"],
     "decode_step": ["csrc/bindings/decode_step_cpu.cpp", "csrc/bindings/decode_plan.h"],
     "draw": ["csrc/cpu/draw.cpp"],
@@ -145,6 +145,7 @@ DECODE = {
         "",
         "steps",
     ),
+    "the first four queries again": ("q += 4 * width", "q += 0 * width", "contract"),
     "own slot unseen": ("begin + j > own", "begin + j >= own", "steps"),
     "window off by one": ("= own - step.window;", "= own - step.window - 1;", "caches"),
     "position not from start": ("max_of(slot - start, 0)", "max_of(slot, 0)", "padding"),
@@ -169,7 +170,12 @@ LINEAR = {
     "last panels dropped": ("if (rest < end) multiply", "if (false) multiply", "product"),
     "last rows dropped": ("first + row, rows - row,", "first + row, 0 * row,", "product"),
     "row 193 written to row 1": ("out.out + first * out.stride, out)", "out.out, out)", "product"),
-    "NaN taken for a number": ("= finite ? most / 127", "= true ? most / 127", "finite"),
+    "NaN taken for a number": ("= std::numeric_limits<float>::quiet_NaN()", "= 0", "finite"),
+    "half of the lanes unseen": (
+        "step < kLanes; step *= 2",
+        "2 * step < kLanes; step *= 2",
+        "product",
+    ),
 }
 NORM = {
     "eps off": ("+ norm.eps)", ")", "kinds"),

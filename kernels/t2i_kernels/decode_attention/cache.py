@@ -41,20 +41,25 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> KVCache:
-        """An empty cache of ``max_seqlen`` slots a row.
+        """An empty cache of ``max_seqlen`` slots a row. Those of one head lie beside each other in
+        memory, a stream that a processor fetches ahead.
 
         Raises:
             TypeError: ``dtype`` is not fp32, bf16, fp16, fp64 (reference only) or int8.
         """
         if dtype not in (*DTYPES, torch.float64):
             raise TypeError(f"dtype: expected a floating type or int8 for a cache, got {dtype}")
-        shape = (batch, max_seqlen, num_kv_heads, head_dim)
-        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        shape = (batch, num_kv_heads, max_seqlen)
+        k, v = (
+            torch.zeros(*shape, head_dim, dtype=dtype, device=device).transpose(1, 2)
+            for _ in range(2)
+        )
         seqlens, start = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
         scales = ()
         if dtype == torch.int8:
             scales = tuple(
-                torch.zeros(shape[:3], dtype=torch.float32, device=device) for _ in range(2)
+                torch.zeros(shape, dtype=torch.float32, device=device).transpose(1, 2)
+                for _ in range(2)
             )
         return cls(k, v, seqlens, start, *scales)
 
