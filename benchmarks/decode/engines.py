@@ -20,16 +20,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shapes import SHAPES
+from shapes import CODES, SHAPES
 
 Generate = Callable[[int], dict[str, Any]]  # tokens to decode -> what serve prints
 
 
 class T2I:
-    """This project's step, on the same weights, with the whole head."""
+    """This project's step, on the same weights, with the whole head or with that of codes alone."""
 
     precisions = ("fp32", "bf16", "int8", "int4")
     packages = ("t2i", "torch")
+
+    def __init__(self, sliced: bool = False):
+        self.sliced = sliced
 
     def file(self, folder: Path, precision: str) -> Path:
         return folder / f"t2i-{precision}.pt"
@@ -67,7 +70,10 @@ class T2I:
         else:
             decoder, embedding = self.pack(folder, precision)
         shape = SHAPES[folder.name]
-        prompt = torch.tensor(shape.prompts(batch))
+        prompt = embedding[torch.tensor(shape.prompts(batch))]
+        if self.sliced:
+            keep_codes(decoder)
+            embedding = embedding[-CODES:]
         self.bytes = decoder.weights.numel()
 
         seeds = positions = torch.zeros(batch, dtype=torch.int64)  # nothing is left to chance
@@ -75,7 +81,7 @@ class T2I:
         def generate(count: int) -> dict[str, Any]:
             cache = decoder.allocate_cache(batch, shape.prompt + count)
             began = time.perf_counter()
-            logits = decode_step(embedding[prompt], decoder, cache)
+            logits = decode_step(prompt, decoder, cache)
             tokens = draw(logits, seeds, positions, temperature=0)
             read = time.perf_counter()
             if count > 1:
@@ -444,12 +450,30 @@ ENGINES = {
     "openvino-genai": OpenVino(),
     "ctranslate2": CTranslate2(),
 }
+# Other tokens, since it chooses among codes alone.
+SLICED = {"t2i, sliced head": T2I(sliced=True)}
 # They draw pictures: other tokens than those of greedy decoding.
 PICTURES = {
     "t2i, guided": Pictures(ahead=False),
     "t2i, guided, ahead": Pictures(ahead=True),
     "transformers, guided": GuidedTransformers(),
 }
+ALL = ENGINES | SLICED | PICTURES
+
+
+def keep_codes(decoder: Any) -> None:
+    """Of the head, keep the rows of CODES, its last."""
+    from t2i_kernels.decode_step.decoder import allocate_weights
+    from t2i_kernels.linear.packed import packed_bytes
+
+    head, kept = (
+        packed_bytes(n, decoder.dim, decoder.weight_type) for n in (decoder.outputs, CODES)
+    )
+    whole, layers = decoder.weights, decoder.weights.numel() - head
+    decoder.weights = allocate_weights(layers + kept)
+    decoder.weights[:layers] = whole[:layers]
+    decoder.weights[layers:] = whole[-kept:]
+    decoder.outputs = CODES
 
 
 def difference(run: Callable[[int], Any], tokens: Callable[[Any], list[list[int]]]) -> Generate:
@@ -533,7 +557,7 @@ def serve(name: str, folder: Path, precision: str, batch: int, threads: int) -> 
     def say(**answer: Any) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
-    engine = (ENGINES | PICTURES)[name]
+    engine = ALL[name]
     generate = engine.load(folder, precision, batch, threads)
     versions = {package: importlib.metadata.version(package) for package in engine.packages}
     say(bytes=engine.bytes, versions=versions)
@@ -544,6 +568,6 @@ def serve(name: str, folder: Path, precision: str, batch: int, threads: int) -> 
 if __name__ == "__main__":
     command, name, folder, *rest = sys.argv[1:]
     if command == "convert":
-        (ENGINES | PICTURES)[name].convert(Path(folder), *rest)
+        ALL[name].convert(Path(folder), *rest)
     else:
         serve(name, Path(folder), rest[0], int(rest[1]), int(rest[2]))

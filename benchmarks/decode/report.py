@@ -33,14 +33,17 @@ bits, llama.cpp's bf16 is f16.
 Engines take turns; numbers are medians, "spread" is the range over the median. A ratio above 1 is
 how many times as many tokens a second we decode as the best engine; **bold** is where an engine
 wins. The share of the bandwidth counts the weights and the cache that a step reads, of what the
-same threads read of as many bytes in the same run. Where memory is short, engines are started for
-each of their turns.
+same threads read of as many bytes right before and after each turn. Where memory is short, engines
+are started for each of their turns.
 """
 PICTURES = """Seconds for one picture with guidance, its prompt included. Ours are all of sampling:
 guidance, noise and draw behind every step. transformers draws with guidance, too, in `generate`.
 The other engines only decode two rows greedily, which is less than a picture takes. "Outside": the
 share of our time beyond that of reading weights and cache at the measured bandwidth. "Ahead": the
 same pictures with int8 weights that guess; of the shipped weights, where that means something.
+"""
+SLICED = """Where only the 16,384 codes of a picture may be drawn, only their rows of the head need
+be read. That is how pictures are drawn; the tables above read the whole head.
 """
 QUALITY = """The shipped model, drawing as it does by default, by `benchmarks/decode/quality.py`:
 perplexity of the tokens of real pictures, Fréchet distance in features of EfficientNet-Lite0 to all
@@ -83,6 +86,9 @@ def main() -> None:
     parts += [", ".join(sorted({f"{p} {v}" for r in rows for p, v in r["versions"].items()}))]
     for title, here in itertools.groupby(runs, place):
         parts += [f"\n## {title}\n", *tables(list(here))]
+    sliced = [run for run in runs if "decode" in run["rows"].get("t2i, sliced head", {})]
+    if sliced:
+        parts += ["\n## What slicing the head gains\n", SLICED, *sliced_table(sliced)]
     quality = RESULTS / "decode-quality.json"
     if quality.exists():
         parts += ["\n## What smaller weights and caches cost\n", QUALITY]
@@ -125,27 +131,37 @@ def overview(runs: list[dict[str, Any]]) -> None:
             ours = found[0]["rows"]["t2i"]["tokens_per_second"] if found else 0
             ratios.append(f"{ours / max(others.values()):.2f}×" if others else "–")
             if found and batch == 1:
-                cells[2] = f"{ours / limit(found[0]):.0%}"
+                cells[2] = f"{share(found[0]):.0%}"
                 cells[3] = max(others, key=others.get, default="none")
         lines.append(f"| {' | '.join([*cells, *ratios])} |")
     before, rest = README.read_text().split(BEGIN)
     README.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
 
 
-def limit(run: dict[str, Any]) -> float:
-    """Tokens a second, if a step took the time of reading our weights and cache."""
-    case, batch = run["case"], run["case"]["batch"]
+def share(run: dict[str, Any], name: str = "t2i") -> float:
+    """Of the bandwidth, if an engine read our weights and cache: the median of its turns, each by
+    what was measured right before and after it, since neighbours come and go."""
+    case, batch, row = run["case"], run["case"]["batch"], run["rows"][name]
     shape = SHAPES[case["shape"]].config
     slot = 2 * 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
     step = run["rows"]["t2i"]["bytes"] + batch * slot * (case["prompt"] + case["tokens"] / 2)
-    return batch * run["bandwidth"] / step
+    return statistics.median(
+        step * (case["tokens"] - 1) / (seconds * bandwidth)
+        for seconds, bandwidth in zip(row["decode"], bandwidths(run, name), strict=True)
+    )
+
+
+def bandwidths(run: dict[str, Any], name: str) -> list[float]:
+    """Around each turn; in older results once for all."""
+    row = run["rows"][name]
+    return row.get("bandwidth", [run["bandwidth"]] * len(row["decode"]))
 
 
 def engines(run: dict[str, Any]) -> dict[str, float]:
     return {
         name: row["tokens_per_second"]
         for name, row in run["rows"].items()
-        if name != "t2i" and "decode" in row
+        if not name.startswith("t2i") and "decode" in row
     }
 
 
@@ -163,16 +179,18 @@ def tables(runs: list[dict[str, Any]]) -> list[str]:
         cells = [case["precision"], case["batch"]]
         best = max(others, key=others.get, default=None)
         ratio = ours / others[best] if best else None
-        share = ours / limit(run)
         cells += [
             "" if ratio is None else f"{ratio:.2f}×" if ratio >= 1 else f"**{ratio:.2f}×**",
-            f"{ours:.1f}", f"{share:.0%} of {run['bandwidth'] / 1e9:.0f} GB/s",
+            f"{ours:.1f}",
+            f"{share(run):.0%} of {statistics.median(bandwidths(run, 't2i')) / 1e9:.0f} GB/s",
             f"{best}, {others[best]:.1f}" if best else "none ran",
         ]  # fmt: skip
         goal = GOALS.get((case["shape"], case["precision"])) if case["batch"] == 1 else (1.0, None)
         cells += [f"{goal[0]}×" + (f", {goal[1]:.0%}" if goal[1] else "")]
         lines.append(f"| {' | '.join(map(str, cells))} |")
         for name, row in rows.items():
+            if name == "t2i, sliced head":
+                continue
             cells = [case["precision"], case["batch"], name]
             if "decode" in row:
                 prompt = statistics.median(row["prefill"])
@@ -182,6 +200,22 @@ def tables(runs: list[dict[str, Any]]) -> list[str]:
                 cells += [row["skipped"], "", "", ""]
             details.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, *details, "\n</details>"]
+
+
+def sliced_table(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| model | weights | batch | faster | tokens/s, whole | sliced | of the weights are left |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for run in runs:
+        whole, sliced = (run["rows"][name] for name in ("t2i", "t2i, sliced head"))
+        speeds = [row["tokens_per_second"] for row in (whole, sliced)]
+        lines.append(
+            f"| {place(run)} | {run['case']['precision']} | {run['case']['batch']} "
+            f"| {speeds[1] / speeds[0]:.2f}× | {speeds[0]:.1f} | {speeds[1]:.1f} "
+            f"| {sliced['bytes'] / whole['bytes']:.0%} |"
+        )
+    return lines
 
 
 def picture_table(runs: list[dict[str, Any]]) -> list[str]:
@@ -201,8 +235,12 @@ def picture_table(runs: list[dict[str, Any]]) -> list[str]:
         if "t2i, guided, ahead" in seconds:
             others["t2i, guided, ahead"] = seconds["t2i, guided, ahead"]
         row = rows["t2i, guided"]
-        reading = row["bytes"] * row["passes"][0] / run["bandwidth"]
-        outside = 1 - reading / statistics.median(row["decode"])
+        outside = 1 - row["bytes"] * row["passes"][0] * statistics.median(
+            1 / (seconds * bandwidth)
+            for seconds, bandwidth in zip(
+                row["decode"], bandwidths(run, "t2i, guided"), strict=True
+            )
+        )
         cells = [
             place(run), case["tokens"], case["precision"],
             f"{theirs / ours:.1f}×" if theirs else "", f"{best / ours:.2f}×" if best else "",
@@ -231,7 +269,7 @@ def profile_table(rows: list[dict[str, Any]]) -> list[str]:
     parts = list(dict.fromkeys(part for row in rows for part in row["shares"]))
     lines = [f"| model | weights | batch | {' | '.join(parts)} |", "|---" * (3 + len(parts)) + "|"]
     for row in rows:
-        cells = [f"{row['shape']}, {row['threads']} thr.", row["precision"], str(row["batch"])]
+        cells = [f"{row['shape']}, {where(row)}", row["precision"], str(row["batch"])]
         cells += [f"{row['shares'].get(part, 0):.0%}" for part in parts]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -241,9 +279,8 @@ def roofline(runs: list[dict[str, Any]]) -> str:
     """What share of the speed of memory every engine reaches, in every case."""
     points = defaultdict(list)
     for y, run in enumerate(runs):
-        speeds = {"t2i": run["rows"]["t2i"]["tokens_per_second"], **engines(run)}
-        for name, speed in speeds.items():
-            points[name].append((speed / limit(run), y))
+        for name in ["t2i", *engines(run)]:
+            points[name].append((share(run, name), y))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(runs)))
     for name, places in points.items():
         style = {"color": "black", "s": 34, "zorder": 3} if name == "t2i" else {"s": 16}

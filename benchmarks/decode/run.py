@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
-from engines import ENGINES, PICTURES  # noqa: E402
+from engines import ALL, ENGINES, PICTURES, SLICED  # noqa: E402
 from shapes import SHAPES, make_model  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/decode.json"
@@ -50,7 +50,7 @@ def main() -> None:
 
     options = arguments()
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": []}
-    pythons = {name: environment(name) for name in ENGINES | PICTURES}
+    pythons = {name: environment(name) for name in ALL}
     for shape in options.shapes:
         folder = ROOT / "data/decode" / shape
         make_model(shape, folder)
@@ -172,7 +172,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
     needed: list[int] = []  # bytes of memory
     expected = None
     tokens = case["tokens"]
-    for name, engine in (ENGINES | (PICTURES if SHAPES[case["shape"]].ours else {})).items():
+    for name, engine in (ENGINES | (PICTURES if SHAPES[case["shape"]].ours else SLICED)).items():
         if case["precision"] not in engine.precisions:
             continue
         if pythons[name] is None:
@@ -186,17 +186,23 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             continue
         if expected is None:  # of transformers in fp32, else of us
             expected = first["tokens"]
-        same = sum(a == b for x, y in zip(first["tokens"], expected, strict=name not in PICTURES)
-                   for a, b in zip(x, y, strict=name not in PICTURES))  # fmt: skip
+        same = sum(a == b for x, y in zip(first["tokens"], expected, strict=name in ENGINES)
+                   for a, b in zip(x, y, strict=name in ENGINES))  # fmt: skip
         same /= CHECKED * case["batch"]
-        if name in PICTURES:
+        if name not in ENGINES:
             same = None
         elif case["precision"] == "fp32" and same < 1:
             assert name != "t2i", f"{1 - same:.0%} of the tokens are not those of transformers"
             rows[name] = {"skipped": f"{1 - same:.0%} of its tokens are not those of transformers"}
             worker.stop()
             continue
-        rows[name] = {**worker.about, "same_tokens": same, "prefill": [], "decode": []}
+        rows[name] = {
+            **worker.about,
+            "same_tokens": same,
+            "prefill": [],
+            "decode": [],
+            "bandwidth": [],
+        }
         workers[name] = worker
         needed.append(worker.memory)
         if sum(needed) > ROOM:
@@ -205,19 +211,20 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
     if not together:  # one at a time, started again for each of its turns
         for worker in workers.values():
             worker.stop()
-    bandwidth = []
     weights = rows["t2i"].get("bytes", 1 << 28)  # a last-level cache helps the limit, too
     names = list(workers)
     for turn in range(rounds):
-        bandwidth.append(native.read_bandwidth(case["threads"], weights))
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             worker = workers[name]
             if not together:
                 worker.start()
                 worker.run(CHECKED)  # memory is touched, threads are there
+            before = native.read_bandwidth(case["threads"], weights)
             result = worker.run(tokens)
+            after = native.read_bandwidth(case["threads"], weights)
             if not together:
                 worker.stop()
+            rows[name]["bandwidth"].append((before + after) / 2)
             rows[name]["prefill"].append(result["prefill"])
             rows[name]["decode"].append(result["decode"])
             if "passes" in result:
@@ -230,7 +237,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             median = statistics.median(row["decode"])
             row["tokens_per_second"] = case["batch"] * steps / median
             row["spread"] = (max(row["decode"]) - min(row["decode"])) / median
-    limit = statistics.median(bandwidth)
+    limit = statistics.median(x for row in rows.values() for x in row.get("bandwidth", []))
     print(json.dumps(case), f"{limit / 1e9:.1f} GB/s", flush=True)
     for name, row in rows.items():
         print(

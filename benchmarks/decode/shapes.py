@@ -10,6 +10,7 @@ from typing import Any
 # With the usual 0.02 a tied model repeats its last token whatever its layers do: engines that are
 # wrong would give the same tokens.
 INIT_STD = 0.05
+CODES = 16384  # of an image tokenizer, the last tokens of a vocabulary that has text, too
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ def _llama(
     )
 
 
-_B, _L = _llama(768, 12, 12, 2048, 16384), _llama(1024, 24, 16, 2816, 16384)
+_B, _L = _llama(768, 12, 12, 2048, CODES), _llama(1024, 24, 16, 2816, CODES)
 SHAPES = {
     # SmolLM2-135M with the 16,384 codes of an image tokenizer in its vocabulary, and open_lm-1b.
-    "135m": Shape(_llama(576, 30, 9, 1536, 49152 + 16384, kv_heads=3, tied=True)),
-    "1b": Shape(_llama(2048, 24, 16, 5632, 50432 + 16384)),
+    "135m": Shape(_llama(576, 30, 9, 1536, 49152 + CODES, kv_heads=3, tied=True)),
+    "1b": Shape(_llama(2048, 24, 16, 5632, 50432 + CODES)),
     # Whole pictures. LlamaGen's rotary positions in two dimensions are ours alone: the work is the
     # same.
     "emoji": Shape(

@@ -20,14 +20,16 @@ from pathlib import Path
 from engines import T2I
 from shapes import SHAPES, make_model
 
+from t2i_kernels import native
+
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks/results/decode-profile.json"
 SECONDS = 4
 # The first pattern that a sample's "symbol (library)" holds.
 PARTS = {
-    "weights": r"add_rows|::multiply|::finish",
+    "attention": r"::attend|::dot<|\(.*::By\)|read_slots|::append|::rotate|::finish \(",
+    "weights": r"add_rows|::multiply|::finish<",
     "inputs to int8": r"::quantize",
-    "attention": r"attend|score_keys|read_slots|::append|::rotate|::combine|::sum",
     "norms": r"::norm",
     "draw": r"draw|noisy_argmax|nucleus|kth_largest",
     "waiting, SwiGLU": r"libt2i_kernels|libgomp",
@@ -49,8 +51,10 @@ def main() -> None:
             for batch in (1, 8):
                 generate = T2I().load(folder, precision, batch, options.threads)
                 shares = profile(functools.partial(generate, SHAPES[shape].tokens))
-                case = {"shape": shape, "precision": precision, "batch": batch}
-                rows.append({**case, "threads": options.threads, "shares": shares})
+                case = {"shape": shape, "instruction_set": native.cpu_capability(),
+                        "threads": options.threads, "precision": precision,
+                        "batch": batch}  # fmt: skip
+                rows.append({**case, "shares": shares})
                 print(json.dumps(rows[-1]), flush=True)
     part = RESULT.with_suffix(".part")
     part.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
