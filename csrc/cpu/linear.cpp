@@ -238,27 +238,26 @@ inline __attribute__((always_inline)) void float_tile(const uint8_t* const (&pan
   const int64_t whole = begin + (end - begin) / step * step;
   int64_t offset = offset_of<type>(begin);
   const int64_t ahead = prefetch_distance();
-#pragma GCC unroll 2
   for (int64_t k = begin; k < whole; k += step, offset += 64) {
-    Vec first[M], second[M];
-    for (int m = 0; m < M; ++m) {
-      first[m] = Vec(x[m * stride + k]);
-      if constexpr (step == 2) second[m] = Vec(x[m * stride + k + 1]);
-    }
+    // Weights are held, inputs pass by: 2 R and one vector beside the sums, not 2 M.
+    Vec first[R][kVecs], second[R][kVecs];
     for (int r = 0; r < R; ++r) {
       const uint8_t* line = panels[r] + offset;
       __builtin_prefetch(line + ahead);
       if constexpr (type == WeightType::f32) {
-        Vec weight[kVecs];
-        for (int v = 0; v < kVecs; ++v) weight[v] = Vec::loadu(line + v * kLanes * 4);
-        for (int m = 0; m < M; ++m) add_product(sums[m][r], weight, first[m]);
+        for (int v = 0; v < kVecs; ++v) first[r][v] = Vec::loadu(line + v * kLanes * 4);
       } else {
-        Vec low[kVecs], high[kVecs];
-        widen(line, low, high);
-        for (int m = 0; m < M; ++m) {
-          add_product(sums[m][r], low, first[m]);
-          add_product(sums[m][r], high, second[m]);
-        }
+        widen(line, first[r], second[r]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      const Vec value(x[m * stride + k]);
+      for (int r = 0; r < R; ++r) add_product(sums[m][r], first[r], value);
+    }
+    if constexpr (step == 2) {
+      for (int m = 0; m < M; ++m) {
+        const Vec value(x[m * stride + k + 1]);
+        for (int r = 0; r < R; ++r) add_product(sums[m][r], second[r], value);
       }
     }
   }
