@@ -70,10 +70,11 @@ class T2I:
         else:
             decoder, embedding = self.pack(folder, precision)
         shape = SHAPES[folder.name]
-        prompt = embedding[torch.tensor(shape.prompts(batch))]
+        prompt = torch.tensor(shape.prompts(batch))
+        drawn = embedding  # of what can be drawn
         if self.sliced:
             keep_codes(decoder)
-            embedding = embedding[-CODES:]
+            drawn = embedding[-CODES:]
         self.bytes = decoder.weights.numel()
 
         seeds = positions = torch.zeros(batch, dtype=torch.int64)  # nothing is left to chance
@@ -81,12 +82,12 @@ class T2I:
         def generate(count: int) -> dict[str, Any]:
             cache = decoder.allocate_cache(batch, shape.prompt + count)
             began = time.perf_counter()
-            logits = decode_step(prompt, decoder, cache)
+            logits = decode_step(embedding[prompt], decoder, cache)
             tokens = draw(logits, seeds, positions, temperature=0)
             read = time.perf_counter()
             if count > 1:
                 rest = draw_tokens(
-                    tokens[:, 0], embedding, decoder, cache, count=count - 1, seeds=seeds,
+                    tokens[:, 0], drawn, decoder, cache, count=count - 1, seeds=seeds,
                     positions=positions, temperature=0,
                 )  # fmt: skip
                 tokens = torch.cat([tokens, rest], dim=1)

@@ -196,13 +196,8 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             rows[name] = {"skipped": f"{1 - same:.0%} of its tokens are not those of transformers"}
             worker.stop()
             continue
-        rows[name] = {
-            **worker.about,
-            "same_tokens": same,
-            "prefill": [],
-            "decode": [],
-            "bandwidth": [],
-        }
+        turns = {"prefill": [], "decode": [], "bandwidth": []}
+        rows[name] = {**worker.about, "same_tokens": same, **turns}
         workers[name] = worker
         needed.append(worker.memory)
         if sum(needed) > ROOM:

@@ -147,8 +147,8 @@ Vec sums(Vec (&x)[kLanes]) {
   return x[0];
 }
 
-// scores[R, kSlots]: q[R, width] . k, for count slots, which are read once, in their order: what the
-// processor fetches ahead by itself is the most that memory gives.
+// scores[R, kSlots]: q[R, width] . k, for count slots, which are read once, in their order: what
+// the processor fetches ahead by itself is the most that memory gives.
 template <int R>
 void dot(const float* q, const SlotRows& k, int64_t width, int64_t count, float* scores) {
   for (int64_t first = 0; first < count; first += kLanes) {
@@ -173,9 +173,12 @@ void dot(const float* q, const SlotRows& k, int64_t width, int64_t count, float*
   }
 }
 
-// All rows of a task.
-void dot(const float* q, int64_t rows, const SlotRows& k, int64_t width, int64_t count, float* scores) {
-  for (; rows >= 4; rows -= 4, q += 4 * width, scores += 4 * kSlots) dot<4>(q, k, width, count, scores);
+// The same for any number of rows of q.
+void dot(const float* q, int64_t rows, const SlotRows& k, int64_t width, int64_t count,
+         float* scores) {
+  for (; rows >= 4; rows -= 4, q += 4 * width, scores += 4 * kSlots) {
+    dot<4>(q, k, width, count, scores);
+  }
   if (rows == 3) dot<3>(q, k, width, count, scores);
   if (rows == 2) dot<2>(q, k, width, count, scores);
   if (rows == 1) dot<1>(q, k, width, count, scores);
@@ -228,9 +231,7 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
         }
         top = at::vec::clamp_min(top, score);
       }
-      float lanes[kLanes], largest = -kInf;
-      top.store(lanes);
-      for (int64_t i = 0; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+      const float largest = largest_lane(top);
       const float shift = largest == -kInf ? 0 : largest;
       Vec total(0.f);
       for (int64_t j = 0; j < kSlots; j += kLanes) {
@@ -238,8 +239,8 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
         total = total + p;
         p.store(scores + j);
       }
+      float lanes[kLanes], sum = 0;
       total.store(lanes);
-      float sum = 0;
       for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
       const float scale = std::exp(partial.largest[r] - shift);
       partial.largest[r] = largest;

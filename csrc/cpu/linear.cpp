@@ -238,26 +238,43 @@ inline __attribute__((always_inline)) void float_tile(const uint8_t* const (&pan
   const int64_t whole = begin + (end - begin) / step * step;
   int64_t offset = offset_of<type>(begin);
   const int64_t ahead = prefetch_distance();
-  for (int64_t k = begin; k < whole; k += step, offset += 64) {
-    // Weights are held, inputs pass by: 2 R and one vector beside the sums, not 2 M.
-    Vec first[R][kVecs], second[R][kVecs];
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* line = panels[r] + offset;
-      __builtin_prefetch(line + ahead);
-      if constexpr (type == WeightType::f32) {
-        for (int v = 0; v < kVecs; ++v) first[r][v] = Vec::loadu(line + v * kLanes * 4);
-      } else {
-        widen(line, first[r], second[r]);
-      }
-    }
-    for (int m = 0; m < M; ++m) {
-      const Vec value(x[m * stride + k]);
-      for (int r = 0; r < R; ++r) add_product(sums[m][r], first[r], value);
-    }
+  // A line of a panel: its weights of the first input and, in bf16, of the second.
+  const auto read = [&](int r, Vec (&first)[kVecs], Vec (&second)[kVecs]) {
+    const uint8_t* line = panels[r] + offset;
+    __builtin_prefetch(line + ahead);
     if constexpr (step == 2) {
+      widen(line, first, second);
+    } else {
+      for (int v = 0; v < kVecs; ++v) first[v] = Vec::loadu(line + v * kLanes * 4);
+    }
+  };
+#pragma GCC unroll 2
+  for (int64_t k = begin; k < whole; k += step, offset += 64) {
+    // The fewer are held beside the sums, weights of all panels or inputs of all rows; the others
+    // pass by. Otherwise sums leave their registers.
+    if constexpr (R * kVecs < M) {
+      Vec first[R][kVecs], second[R][kVecs];
+      for (int r = 0; r < R; ++r) read(r, first[r], second[r]);
       for (int m = 0; m < M; ++m) {
-        const Vec value(x[m * stride + k + 1]);
-        for (int r = 0; r < R; ++r) add_product(sums[m][r], second[r], value);
+        const Vec input(x[m * stride + k]);
+        for (int r = 0; r < R; ++r) add_product(sums[m][r], first[r], input);
+      }
+      for (int m = 0; step == 2 && m < M; ++m) {
+        const Vec input(x[m * stride + k + 1]);
+        for (int r = 0; r < R; ++r) add_product(sums[m][r], second[r], input);
+      }
+    } else {
+      Vec inputs[step][M];
+      for (int i = 0; i < step; ++i) {
+        for (int m = 0; m < M; ++m) inputs[i][m] = Vec(x[m * stride + k + i]);
+      }
+      for (int r = 0; r < R; ++r) {
+        Vec first[kVecs], second[kVecs];
+        read(r, first, second);
+        for (int m = 0; m < M; ++m) {
+          add_product(sums[m][r], first, inputs[0][m]);
+          if constexpr (step == 2) add_product(sums[m][r], second, inputs[1][m]);
+        }
       }
     }
   }

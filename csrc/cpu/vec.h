@@ -182,7 +182,7 @@ inline void transpose(const float* in, int64_t in_stride, int64_t rows, int64_t 
 
 // ---- Across lanes ------------------------------------------------------------------------------
 
-// The largest of all lanes, NaN where one is. Each step compares a lane with that half a vector away.
+// The largest of all lanes, NaN where one is: each step compares lanes half a vector apart.
 inline float largest_lane(Vec x) {
   for (int64_t step = 1; step < kLanes; step *= 2) {
     const auto pair = at::vec::interleave2(x, x);

@@ -190,6 +190,7 @@ STEP = {
     "one cache for all layers": ("+ index * layer_stride_ * bytes", "", "types"),
     "one layer's scales": ("scales->data += index * scale_stride_", "scales->data += 0", "caches"),
     "first part alone": ("&partials[first], last - first)", "&partials[first], 1)", "caches"),
+    "a row of many not prepared": (": member.share(rows);", ": member.share(rows - 1);", "depend"),
     "another token scored": ("(row / last + 1) * skipped", "skipped", "types"),
     "k normalised as q": ("which ? layer.k_norm : layer.q_norm", "layer.q_norm", "kinds"),
     "not added to the residual": (
