@@ -59,14 +59,14 @@ class T2I:
         import torch
 
         from t2i_kernels import decode_step, draw, draw_tokens
-        from t2i_kernels.decode_step.decoder import allocate_weights
+        from t2i_kernels.memory import allocate_large
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         file = self.file(folder, precision)
         if file.exists():
             decoder, embedding = torch.load(file, mmap=True, weights_only=False)
-            decoder.weights = allocate_weights(decoder.weights.numel()).copy_(decoder.weights)
+            decoder.weights = allocate_large(decoder.weights.numel()).copy_(decoder.weights)
         else:
             decoder, embedding = self.pack(folder, precision)
         shape = SHAPES[folder.name]
@@ -464,14 +464,14 @@ ALL = ENGINES | SLICED | PICTURES
 
 def keep_codes(decoder: Any) -> None:
     """Of the head, keep the rows of CODES, its last."""
-    from t2i_kernels.decode_step.decoder import allocate_weights
     from t2i_kernels.linear.packed import packed_bytes
+    from t2i_kernels.memory import allocate_large
 
     head, kept = (
         packed_bytes(n, decoder.dim, decoder.weight_type) for n in (decoder.outputs, CODES)
     )
     whole, layers = decoder.weights, decoder.weights.numel() - head
-    decoder.weights = allocate_weights(layers + kept)
+    decoder.weights = allocate_large(layers + kept)
     decoder.weights[:layers] = whole[:layers]
     decoder.weights[layers:] = whole[-kept:]
     decoder.outputs = CODES

@@ -50,8 +50,9 @@ inline void check_slots(const char* op, const cpu::DecodeStep& step, int64_t bat
               " is outside rotary_cos, which has ", positions ? *positions : 0);
 }
 
-// Slots of a task at most, counted from start. Short enough that few heads keep all threads busy.
-constexpr int64_t kDecodePart = 2 * cpu::kDecodeSlots;
+// Slots of a task at most, counted from start: one block. Long enough that memory runs at its speed,
+// which it loses where keys end and values begin; short enough that few heads keep all threads busy.
+constexpr int64_t kDecodePart = cpu::kDecodeSlots;
 
 // The parts of a group write the same outputs, and follow each other.
 struct DecodePlan {

@@ -45,7 +45,7 @@ struct DecodeStep {
   float scale;
 };
 
-constexpr int64_t kDecodeSlots = 64;  // of a block, counted from start
+constexpr int64_t kDecodeSlots = 128;  // of a block, counted from start
 
 // Tokens of a task at most.
 inline int64_t decode_tokens(const DecodeStep& step) {

@@ -36,7 +36,7 @@ def filled(batch, slots, kv_heads, dim, used, dtype=torch.float32):
     return cache
 
 
-# A task has 128 slots at most, a block 64.
+# A task has a block of 128 slots at most.
 USED = [1, 63, 64, 127, 128, 2100]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..memory import allocate_large
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -50,10 +53,7 @@ class KVCache:
         if dtype not in (*DTYPES, torch.float64):
             raise TypeError(f"dtype: expected a floating type or int8 for a cache, got {dtype}")
         shape = (batch, num_kv_heads, max_seqlen)
-        k, v = (
-            torch.zeros(*shape, head_dim, dtype=dtype, device=device).transpose(1, 2)
-            for _ in range(2)
-        )
+        k, v = (_zeros((*shape, head_dim), dtype, device).transpose(1, 2) for _ in range(2))
         seqlens, start = (torch.zeros(batch, dtype=torch.int32, device=device) for _ in range(2))
         scales = ()
         if dtype == torch.int8:
@@ -77,3 +77,9 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Keep the ``tokens`` slots that ``decode_attention`` wrote last; negative goes back."""
         self.seqlens += tokens
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return allocate_large(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from ..decode_attention import KVCache
 from ..linear.packed import PANEL, PackedWeight, check_weight_type, packed_bytes
+from ..memory import allocate_large
 
 NORMS = ("rmsnorm", "layernorm")
 QK_NORMS = ("none", "head", "full")
@@ -105,7 +104,7 @@ class PackedDecoder:
             "down": (dim, ffn_dim),
         }
         total = len(layers) * sum(packed_bytes(*s, weight_type) for s in shapes.values())
-        weights = allocate_weights(total + packed_bytes(outputs, dim, weight_type))
+        weights = allocate_large(total + packed_bytes(outputs, dim, weight_type))
         errors, at = {}, 0
 
         def put(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
@@ -181,18 +180,3 @@ class PackedDecoder:
         if start is not None:
             starts.copy_(start)
         return KVCache(k, v, torch.zeros(batch, dtype=torch.int32), starts, k_scale, v_scale)
-
-
-def allocate_weights(size: int) -> Tensor:
-    """uint8 [size] at the start of a page, in large pages where the system gives them: a step reads
-    all of it once, and would miss the TLB with every 4 KiB."""
-    if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    large = 2 << 20
-    # Shared memory, which is what mmap gives by default, has no large pages.
-    memory = mmap.mmap(-1, size + large, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    data = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -data.data_ptr() % large
-    return data[first : first + size]
