@@ -119,7 +119,7 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
   std::vector<int32_t> used(step.seqlens, step.seqlens + batch);
   const int64_t slots_after = *std::max_element(used.begin(), used.end()) + step.tokens;
   const int64_t block = decode_tokens(step), size = partial_size(step);
-  const int64_t blocks = kMostFloats / (batch * kv_heads * (slots_after / kDecodePart + 2) * size);
+  const int64_t blocks = kMostFloats / (batch * kv_heads * (slots_after / kDecodeSlots + 2) * size);
   const int64_t most = block * std::max<int64_t>(blocks, 1), tokens = step.tokens;
   for (int64_t first = 0; first < tokens; first += most) {
     step.tokens = std::min(most, tokens - first);

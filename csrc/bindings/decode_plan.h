@@ -50,10 +50,6 @@ inline void check_slots(const char* op, const cpu::DecodeStep& step, int64_t bat
               " is outside rotary_cos, which has ", positions ? *positions : 0);
 }
 
-// Slots of a task at most, counted from start: one block. Long enough that memory runs at its speed,
-// which it loses where keys end and values begin; short enough that few heads keep all threads busy.
-constexpr int64_t kDecodePart = cpu::kDecodeSlots;
-
 // The parts of a group write the same outputs, and follow each other.
 struct DecodePlan {
   std::vector<cpu::DecodeTask> parts;
@@ -76,8 +72,7 @@ inline DecodePlan plan_decode(const cpu::DecodeStep& step, int64_t batch) {
         slot = std::min(end, begin + (slot - begin) / cpu::kDecodeSlots * cpu::kDecodeSlots);
         plan.groups.push_back(plan.num_parts());
         do {
-          const int64_t next = begin + ((slot - begin) / kDecodePart + 1) * kDecodePart;
-          const int64_t stop = std::min(end, next);
+          const int64_t stop = std::min(end, slot + cpu::kDecodeSlots);
           plan.parts.push_back({b, h, token, token_end, slot, stop});
           slot = stop;
         } while (slot < end);

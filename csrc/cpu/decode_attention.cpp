@@ -19,22 +19,22 @@ int64_t element(const Tokens& x, int64_t row, int64_t token, int64_t head) {
 int64_t padded_dim(const DecodeStep& step) { return round_up(step.dim, kLanes); }
 
 struct Space {
-  float *q, *k, *v;  // [groups * tokens of a task, padded dim], [kSlots, padded dim]
-  float* scores;     // [groups * tokens of a task, kSlots]
-  float* row;        // [2, padded dim]
+  float* q;       // [groups * tokens of a task, padded dim]
+  float* scores;  // [groups * tokens of a task, kSlots]
+  float* row;     // [2, padded dim]
+  float* padded;  // [2, kSlots, padded dim], where dim is none
 
   Space(const DecodeStep& step, float* space) {
     const int64_t rows = step.groups * decode_tokens(step), width = padded_dim(step);
     q = space;
-    k = q + rows * width;
-    v = k + kSlots * width;
-    scores = v + kSlots * width;
+    scores = q + rows * width;
     row = scores + rows * kSlots;
+    padded = row + 2 * width;
   }
 
   static int64_t size(const DecodeStep& step) {
     const int64_t rows = step.groups * decode_tokens(step), width = padded_dim(step);
-    return rows * (width + kSlots) + 2 * kSlots * width + 2 * width;
+    return rows * (width + kSlots) + 2 * width + (width == step.dim ? 0 : 2 * kSlots * width);
   }
 };
 
@@ -105,35 +105,100 @@ void append(const DecodeStep& step, int64_t row, int64_t head, float* workspace)
   }
 }
 
-// Slots of one head as fp32 rows.
-struct SlotRows {
-  const float* data;
-  int64_t stride;
+// ---- What a cache holds ------------------------------------------------------------------------
+
+struct Bf16 {
+  uint16_t bits;
 };
 
-// The slots [slot, slot + count), where they are if that will do, else in scratch [kSlots, padded
-// dim], 0 behind dim.
-SlotRows read_slots(const DecodeStep& step, const Tokens& cache, const Scales& scales, int64_t row,
-                    int64_t head, int64_t slot, int64_t count, float* scratch) {
-  const int64_t width = padded_dim(step), first = element(cache, row, slot, head);
-  if (step.cache_type == CacheType::f32 && width == step.dim) {
-    return {static_cast<const float*>(cache.data) + first, cache.token_stride};
-  }
-  for (int64_t j = 0; j < count; ++j) {
-    float* out = scratch + j * width;
-    const int64_t at = first + j * cache.token_stride;
-    if (step.cache_type != CacheType::int8) {
-      load_row(cache.data, float_type(step.cache_type), at, step.dim, out);
-    } else {
-      const int8_t* x = static_cast<const int8_t*>(cache.data) + at;
-      const float scale = scales.data[row * scales.batch_stride + (slot + j) * scales.slot_stride +
-                                      head * scales.head_stride];
-      for (int64_t d = 0; d < step.dim; ++d) out[d] = float(x[d]) * scale;
-    }
-    for (int64_t d = step.dim; d < width; ++d) out[d] = 0;
-  }
-  return {scratch, width};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) { return from_bf16(x.bits); }
+inline float to_float(F16 x) { return from_f16(x.bits); }
+inline float to_float(int8_t x) { return float(x); }
+
+// kLanes of it as floats; bytes without their scale.
+inline Vec load(const float* x) { return Vec::loadu(x); }
+
+#if defined(CPU_CAPABILITY_AVX512)
+inline Vec load(const Bf16* x) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
 }
+
+inline Vec load(const F16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)); }
+
+inline Vec load(const int8_t* x) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Vec load(const Bf16* x) {
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+}
+
+inline Vec load(const F16* x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)); }
+
+inline Vec load(const int8_t* x) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
+}
+#else
+template <typename T>
+Vec load(const T* x) {
+  float lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = to_float(x[i]);
+  return Vec::loadu(lanes);
+}
+#endif
+
+// Slots of one head.
+template <typename T>
+struct SlotRows {
+  const T* data;
+  int64_t stride;
+
+  const T* operator[](int64_t slot) const { return data + slot * stride; }
+};
+
+// f(k, v) with the slots of a task where they are, or, where their length is no number of vectors,
+// copied and filled up with zeros.
+template <typename F>
+void with_slots(const DecodeStep& step, const DecodeTask& task, float* padded, F f) {
+  const int64_t k_at = element(step.k, task.row, task.slot, task.head);
+  const int64_t v_at = element(step.v, task.row, task.slot, task.head);
+  const auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    const SlotRows<T> k{static_cast<const T*>(step.k.data) + k_at, step.k.token_stride};
+    const SlotRows<T> v{static_cast<const T*>(step.v.data) + v_at, step.v.token_stride};
+    const int64_t width = padded_dim(step);
+    if (width == step.dim) return f(k, v);
+    for (const auto& [from, to] : {std::pair{k, padded}, std::pair{v, padded + kSlots * width}}) {
+      std::memset(to, 0, size_t(kSlots * width) * sizeof(float));
+      for (int64_t j = 0; j < task.slot_end - task.slot; ++j) {
+        for (int64_t d = 0; d < step.dim; ++d) to[j * width + d] = to_float(from[j][d]);
+      }
+    }
+    f(SlotRows<float>{padded, width}, SlotRows<float>{padded + kSlots * width, width});
+  };
+  switch (step.cache_type) {
+    case CacheType::f32: return of_type(float());
+    case CacheType::bf16: return of_type(Bf16());
+    case CacheType::f16: return of_type(F16());
+    case CacheType::int8: return of_type(int8_t());
+  }
+}
+
+// x [kSlots] *= the scales of the slots of a task.
+void scale_slots(const DecodeTask& task, const Scales& scales, float* x) {
+  const float* scale = scales.data + task.row * scales.batch_stride +
+                       task.slot * scales.slot_stride + task.head * scales.head_stride;
+  for (int64_t j = 0; j < task.slot_end - task.slot; ++j) x[j] *= scale[j * scales.slot_stride];
+}
+
+// ---- Products ----------------------------------------------------------------------------------
 
 // Sums over the lanes of kLanes vectors, that of x[i] in lane i: a transposition (see vec.h) that
 // adds up what it brings together.
@@ -147,19 +212,29 @@ Vec sums(Vec (&x)[kLanes]) {
   return x[0];
 }
 
+// Calls f(the constant R, first row) for all rows, up to four at once.
+template <typename F>
+void by_rows(int64_t rows, F f) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) f(std::integral_constant<int, 4>(), row);
+  if (rows - row == 3) f(std::integral_constant<int, 3>(), row);
+  if (rows - row == 2) f(std::integral_constant<int, 2>(), row);
+  if (rows - row == 1) f(std::integral_constant<int, 1>(), row);
+}
+
 // scores[R, kSlots]: q[R, width] . k, for count slots, which are read once, in their order: what
 // the processor fetches ahead by itself is the most that memory gives.
-template <int R>
-void dot(const float* q, const SlotRows& k, int64_t width, int64_t count, float* scores) {
+template <int R, typename T>
+void dot(const float* q, const SlotRows<T>& k, int64_t width, int64_t count, float* scores) {
   for (int64_t first = 0; first < count; first += kLanes) {
     Vec x[R][kLanes];
     const int64_t here = min_of(kLanes, count - first);
     for (int64_t i = 0; i < here; ++i) {
-      const float* row = k.data + (first + i) * k.stride;
+      const T* row = k[first + i];
       Vec sum[R];
       for (int r = 0; r < R; ++r) sum[r] = Vec(0.f);
       for (int64_t d = 0; d < width; d += kLanes) {
-        const Vec key = Vec::loadu(row + d);
+        const Vec key = load(row + d);
         for (int r = 0; r < R; ++r) {
           sum[r] = at::vec::fmadd(Vec::loadu(q + r * width + d), key, sum[r]);
         }
@@ -173,15 +248,79 @@ void dot(const float* q, const SlotRows& k, int64_t width, int64_t count, float*
   }
 }
 
-// The same for any number of rows of q.
-void dot(const float* q, int64_t rows, const SlotRows& k, int64_t width, int64_t count,
-         float* scores) {
-  for (; rows >= 4; rows -= 4, q += 4 * width, scores += 4 * kSlots) {
-    dot<4>(q, k, width, count, scores);
+// Vectors of sums that stay in registers.
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+constexpr int kSums = 16;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kSums = 12;
+#else
+constexpr int kSums = 4;
+#endif
+
+// How many vectors of R rows they are, a power of two.
+constexpr int sum_vecs(int rows) {
+  int vecs = 8;
+  while (vecs > 1 && rows * vecs > kSums) vecs /= 2;
+  return vecs;
+}
+
+// out[R, width] = p[R, kSlots] v, from channel d on, C vectors of channels at once.
+template <int R, int C, typename T>
+void weigh(const float* p, const SlotRows<T>& v, int64_t d, int64_t width, int64_t count,
+           float* out) {
+  for (; d + C * kLanes <= width; d += C * kLanes) {
+    Vec sum[R][C];
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) sum[r][c] = Vec(0.f);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const T* row = v[j] + d;
+      Vec weight[R];
+      for (int r = 0; r < R; ++r) weight[r] = Vec(p[r * kSlots + j]);
+      for (int c = 0; c < C; ++c) {
+        const Vec value = load(row + c * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][c] = at::vec::fmadd(weight[r], value, sum[r][c]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int c = 0; c < C; ++c) sum[r][c].store(out + r * width + d + c * kLanes);
+    }
   }
-  if (rows == 3) dot<3>(q, k, width, count, scores);
-  if (rows == 2) dot<2>(q, k, width, count, scores);
-  if (rows == 1) dot<1>(q, k, width, count, scores);
+  if constexpr (C > 1) {
+    if (d < width) weigh<R, C / 2>(p, v, d, width, count, out);
+  }
+}
+
+// From count scores to the weights of a softmax that are not divided by their sum yet. Slots outside
+// [begin, end) are not seen.
+void exponentiate(float* scores, int64_t count, int64_t begin, int64_t end, float softcap,
+                  float* largest, float* sum) {
+  const int64_t padded = round_up(count, kLanes);
+  for (int64_t j = 0; j < min_of(begin, padded); ++j) scores[j] = -kInf;
+  for (int64_t j = max_of(end, 0); j < padded; ++j) scores[j] = -kInf;
+  Vec top(-kInf);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    Vec score = Vec::loadu(scores + j);
+    if (softcap > 0) {
+      // tanh of -inf is -1, and would be seen.
+      const Vec capped = tanh(score) * Vec(softcap);
+      score = Vec::blendv(capped, score, score == Vec(-kInf));
+      score.store(scores + j);
+    }
+    top = at::vec::clamp_min(top, score);
+  }
+  *largest = largest_lane(top);
+  const float shift = *largest == -kInf ? 0 : *largest;
+  Vec total(0.f);
+  for (int64_t j = 0; j < padded; j += kLanes) {
+    const Vec p = exp_difference(Vec::loadu(scores + j), Vec(shift));
+    total = total + p;
+    p.store(scores + j);
+  }
+  float lanes[kLanes];
+  total.store(lanes);
+  *sum = 0;
+  for (int64_t i = 0; i < kLanes; ++i) *sum += lanes[i];
 }
 
 void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial& partial,
@@ -190,6 +329,8 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
   const int64_t row = task.row, head = task.head, width = padded_dim(step);
   const int64_t rows = step.groups * (task.token_end - task.token);
   const int64_t start = step.start[row], seqlen = step.seqlens[row];
+  const int64_t count = max_of(task.slot_end - task.slot, 0);
+  const bool int8 = step.cache_type == CacheType::int8;
   const float factor = step.softcap > 0 ? step.scale / step.softcap : step.scale;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = task.token + r / step.groups;
@@ -199,58 +340,24 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
     rotate(step, seqlen + token, start, q, space.row);
     for (int64_t d = 0; d < step.dim; ++d) q[d] *= factor;
     for (int64_t d = step.dim; d < width; ++d) q[d] = 0;
-    partial.largest[r] = -kInf;
-    partial.sum[r] = 0;
   }
-  std::memset(partial.out, 0, size_t(rows * width) * sizeof(float));
-
-  int64_t count;
-  for (int64_t begin = task.slot; begin < task.slot_end; begin += count) {
-    // Up to the next multiple of kSlots from start.
-    count = min_of(kSlots - (begin - start) % kSlots, task.slot_end - begin);
-    const SlotRows k =
-        read_slots(step, step.k, step.k_scale, row, head, begin, count, space.k);
-    const SlotRows v =
-        read_slots(step, step.v, step.v_scale, row, head, begin, count, space.v);
-    dot(space.q, rows, k, width, count, space.scores);
+  with_slots(step, task, space.padded, [&](const auto& k, const auto& v) {
+    by_rows(rows, [&](auto R, int64_t r) {
+      dot<R>(space.q + r * width, k, width, count, space.scores + r * kSlots);
+    });
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = space.scores + r * kSlots;
+      if (int8) scale_slots(task, step.k_scale, scores);
       const int64_t own = seqlen + task.token + r / step.groups;
-      const int64_t first = own - step.window;  // no task has slots before start
-      for (int64_t j = 0; j < kSlots; ++j) {
-        if (j >= count || begin + j < first || begin + j > own) scores[j] = -kInf;
-      }
-      Vec top(partial.largest[r]);
-      for (int64_t j = 0; j < kSlots; j += kLanes) {
-        Vec score = Vec::loadu(scores + j);
-        if (step.softcap > 0) {
-          // tanh of -inf is -1, and would be seen.
-          const Vec capped = tanh(score) * Vec(step.softcap);
-          score = Vec::blendv(capped, score, score == Vec(-kInf));
-          score.store(scores + j);
-        }
-        top = at::vec::clamp_min(top, score);
-      }
-      const float largest = largest_lane(top);
-      const float shift = largest == -kInf ? 0 : largest;
-      Vec total(0.f);
-      for (int64_t j = 0; j < kSlots; j += kLanes) {
-        const Vec p = exp_difference(Vec::loadu(scores + j), Vec(shift));
-        total = total + p;
-        p.store(scores + j);
-      }
-      float lanes[kLanes], sum = 0;
-      total.store(lanes);
-      for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
-      const float scale = std::exp(partial.largest[r] - shift);
-      partial.largest[r] = largest;
-      partial.sum[r] = partial.sum[r] * scale + sum;
-      float* out = partial.out + r * width;
-      for (int64_t d = 0; d < width; ++d) out[d] *= scale;
+      // No task has slots before start.
+      exponentiate(scores, count, own - step.window - task.slot, min_of(own + 1 - task.slot, count),
+                   step.softcap, partial.largest + r, partial.sum + r);
+      if (int8) scale_slots(task, step.v_scale, scores);
     }
-    multiply<By::rows>(space.scores, kSlots, v.data, v.stride, partial.out, width, rows, width,
-                       count);
-  }
+    by_rows(rows, [&](auto R, int64_t r) {
+      weigh<R, sum_vecs(R)>(space.scores + r * kSlots, v, 0, width, count, partial.out + r * width);
+    });
+  });
 }
 
 void finish(const DecodeStep& step, const DecodeTask& task, const DecodePartial* partials,

@@ -2,9 +2,9 @@
 // all of it. Free of torch; all memory is the caller's.
 //
 // A task is a block of tokens for one key head of one row of the batch, whose query heads share what
-// is read, or a part of their slots. Parts and blocks of slots begin at fixed places, so that a
-// token's result depends on its row alone, to the bit, whatever is computed beside it and by how
-// many threads. Slots outside [start, seqlens + tokens) are never read.
+// is read, and a part of their slots. Parts begin at fixed places, so that a token's result depends on
+// its row alone, to the bit, whatever is computed beside it and by how many threads. Slots outside
+// [start, seqlens + tokens) are never read.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,10 @@ struct DecodeStep {
   float scale;
 };
 
-constexpr int64_t kDecodeSlots = 128;  // of a block, counted from start
+// Slots of a task at most, whose parts begin at multiples of it from start. Long enough that memory
+// runs at its speed, which it loses where keys end and values begin; short enough that few heads keep
+// all threads busy.
+constexpr int64_t kDecodeSlots = 128;
 
 // Tokens of a task at most.
 inline int64_t decode_tokens(const DecodeStep& step) {

@@ -473,6 +473,9 @@ def test_cache_is_one_buffer_with_lengths():
     cache.advance(-1)
     assert cache.seqlens.tolist() == [2, 2] and cache.start.tolist() == [0, 0]
     assert KVCache.allocate(1, 1, 1, 1).k_scale is None
+    large = KVCache.allocate(1, 4096, 4, 64)  # two pages of 2 MiB each
+    assert all(x.shape == (1, 4096, 4, 64) and not x.any() for x in (large.k, large.v))
+    assert large.k.data_ptr() != large.v.data_ptr()
     with pytest.raises(TypeError, match="dtype: expected .* got torch.int64"):
         KVCache.allocate(1, 1, 1, 1, dtype=torch.int64)
 
