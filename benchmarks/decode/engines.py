@@ -25,6 +25,10 @@ from shapes import CODES, SHAPES
 Generate = Callable[[int], dict[str, Any]]  # tokens to decode -> what serve prints
 
 
+# Of keys and values: llama.cpp keeps 16 bits by itself, OpenVINO 8.
+CACHES = {"fp32": "fp32", "bf16": "bf16", "int8": "bf16", "int4": "bf16"}
+
+
 class T2I:
     """This project's step, on the same weights, with the whole head or with that of codes alone."""
 
@@ -76,11 +80,14 @@ class T2I:
             keep_codes(decoder)
             drawn = embedding[-CODES:]
         self.bytes = decoder.weights.numel()
+        kept = {"fp32": torch.float32, "bf16": torch.bfloat16}[CACHES[precision]]
+        slot = decoder.layers * decoder.kv_heads * decoder.head_dim
+        self.slot_bytes = 2 * slot * kept.itemsize
 
         seeds = positions = torch.zeros(batch, dtype=torch.int64)  # nothing is left to chance
 
         def generate(count: int) -> dict[str, Any]:
-            cache = decoder.allocate_cache(batch, shape.prompt + count)
+            cache = decoder.allocate_cache(batch, shape.prompt + count, dtype=kept)
             began = time.perf_counter()
             logits = decode_step(embedding[prompt], decoder, cache)
             tokens = draw(logits, seeds, positions, temperature=0)
@@ -402,14 +409,15 @@ class Pictures:
                 unconditional=unconditional, **options,
             )  # fmt: skip
 
-        codes, numbers = draw(weights=precision)
+        types = {"weights": precision, "cache": CACHES[precision]}
+        codes, numbers = draw(**types)
         if precision == "fp32":
             plain = draw(backend="reference", speculate=0, draft=None).codes
             assert torch.equal(codes, plain), "the fused path drew another picture"
         self.bytes = numbers.bytes_read // (numbers.passes + numbers.drafts)
 
         def generate(count: int) -> dict[str, Any]:
-            codes, numbers = draw(weights=precision)
+            codes, numbers = draw(**types)
             return {"prefill": numbers.prefill_seconds, "decode": numbers.decode_seconds,
                     "tokens": codes.flatten(1).tolist(),
                     "passes": [numbers.passes, numbers.drafts]}  # fmt: skip
@@ -561,7 +569,8 @@ def serve(name: str, folder: Path, precision: str, batch: int, threads: int) -> 
     engine = ALL[name]
     generate = engine.load(folder, precision, batch, threads)
     versions = {package: importlib.metadata.version(package) for package in engine.packages}
-    say(bytes=engine.bytes, versions=versions)
+    slot = {"slot_bytes": engine.slot_bytes} if hasattr(engine, "slot_bytes") else {}
+    say(bytes=engine.bytes, versions=versions, **slot)
     for line in sys.stdin:
         say(**generate(int(line)))
 

@@ -28,7 +28,9 @@ Made by `make bench-decode`. Every engine decodes 256 tokens behind a prompt of 
 the whole head, from the same random weights. In fp32 an engine takes part whose first tokens are
 those of transformers; in the other precisions, whose rounding differs, the share of tokens that
 are ours is in the list of all engines. int8 and int4 are each engine's own format of about as many
-bits, llama.cpp's bf16 is f16.
+bits, llama.cpp's bf16 is f16. Keys and values are kept in fp32 with weights in fp32; with smaller
+weights as each engine does by itself, llama.cpp in 16 bits, OpenVINO in 8, and we in bf16 (on AMX
+in fp32).
 
 Engines take turns; numbers are medians, "spread" is the range over the median. A ratio above 1 is
 how many times as many tokens a second we decode as the best engine; **bold** is where an engine
@@ -142,9 +144,10 @@ def share(run: dict[str, Any], name: str = "t2i") -> float:
     """Of the bandwidth, if an engine read our weights and cache: the median of its turns, each by
     what was measured right before and after it, since neighbours come and go."""
     case, batch, row = run["case"], run["case"]["batch"], run["rows"][name]
-    shape = SHAPES[case["shape"]].config
-    slot = 2 * 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    step = run["rows"]["t2i"]["bytes"] + batch * slot * (case["prompt"] + case["tokens"] / 2)
+    shape, ours = SHAPES[case["shape"]].config, run["rows"]["t2i"]
+    fp32 = 2 * 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    slot = ours.get("slot_bytes", fp32)  # older results have none
+    step = ours["bytes"] + batch * slot * (case["prompt"] + case["tokens"] / 2)
     return statistics.median(
         step * (case["tokens"] - 1) / (seconds * bandwidth)
         for seconds, bandwidth in zip(row["decode"], bandwidths(run, name), strict=True)
