@@ -103,14 +103,19 @@ Decoder read_decoder(Reader reader, int64_t layers, int64_t outputs, Decoder dec
 
 // ---- The step ----------------------------------------------------------------------------------
 
+// Memory for all of it, and for further steps that find the seqlens raised by the tokens of the last.
 class Step {
  public:
   Step(const Decoder& decoder, const DecodeStep& attention, int64_t batch, int64_t layer_stride,
-       int64_t scale_stride, int64_t threads)
+       int64_t scale_stride, int64_t threads, int64_t steps)
       : decoder_(decoder), attention_(attention), batch_(batch), rows_(batch * attention.tokens),
         layer_stride_(layer_stride), scale_stride_(scale_stride), threads_(threads),
         linear_(linear_kernels()), decode_(decode_kernels()), norm_row_(norm_row()) {
-    plan_ = plan_decode(attention_, batch);
+    DecodeStep last = attention;
+    std::vector<int32_t> lengths(attention.seqlens, attention.seqlens + batch);
+    for (int32_t& length : lengths) length += int32_t((steps - 1) * attention.tokens);
+    last.seqlens = lengths.data();
+    const DecodePlan longest = plan_decode(last, batch);
     widest_ = std::max({decoder.dim, decoder.q_width(), decoder.ffn_width()});
     quantized_ = decoder.head.quantized();
     // Of a thread: sums, or attention's workspace; and a few prepared rows.
@@ -124,7 +129,7 @@ class Step {
                              rows_ * decoder.qkv_width(),
                              rows_ * decoder.q_width(),
                              rows_ * decoder.ffn_width(),
-                             plan_.num_parts() * partial_size(attention_),
+                             longest.num_parts() * partial_size(attention_),
                              shared_rows * widest_,
                              quantized_ ? quantized_size(shared_rows, widest_) : 0,
                              threads * thread_size_};
@@ -139,7 +144,7 @@ class Step {
       *places[i] = next;
       next += round_up(sizes[i]);
     }
-    partials_ = partials_in(attention_, plan_, partials);
+    partials_ = partials_in(attention_, longest, partials);
     const int64_t width = decoder.qkv_width(), tokens = attention_.tokens, dim = decoder.head_dim;
     const auto in_qkv = [&](int64_t head) {
       return Tokens{qkv_ + head * dim, tokens * width, width, dim};
@@ -155,6 +160,8 @@ class Step {
 
   // logits: [batch, last, outputs], of the last tokens of each row.
   void run(float* logits, int64_t last) {
+    plan_ = plan_decode(attention_, batch_);
+    for (std::atomic<int64_t>& next : next_task_) next = 0;
     run_team(threads_, [&](const Member& member) {
       for (size_t i = 0; i < decoder_.layers.size(); ++i) {
         attend(member, decoder_.layers[i], int64_t(i));
@@ -427,7 +434,7 @@ Tensor decode_step(Tensor x, Tensor weights, Tensor vectors, std::string type, i
   if (batch == 0) return logits;
   const Tensor in = torch::stable::contiguous(x);
   Step run(model.decoder, model.step, batch, model.layer_stride, model.scale_stride,
-           torch::stable::get_num_threads());
+           torch::stable::get_num_threads(), 1);
   std::memcpy(run.residual(), in.const_data_ptr<float>(), size_t(in.numel()) * sizeof(float));
   run.run(logits.mutable_data_ptr<float>(), last);
   return logits;
@@ -469,9 +476,9 @@ Tensor draw_tokens(Tensor codes, Tensor embedding, int64_t count, Tensor seeds, 
   std::vector<int32_t> lengths(model.step.seqlens, model.step.seqlens + rows);
   model.step.seqlens = lengths.data();
   model.step.tokens = 1;
+  Step run(model.decoder, model.step, rows, model.layer_stride, model.scale_stride,
+           torch::stable::get_num_threads(), count);
   for (int64_t i = 0; i < count; ++i) {
-    Step run(model.decoder, model.step, rows, model.layer_stride, model.scale_stride,
-             torch::stable::get_num_threads());
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t image = row % images;
       const int64_t code = i ? drawn[image * count + i - 1] : last.const_data_ptr<int64_t>()[image];
