@@ -569,8 +569,7 @@ def serve(name: str, folder: Path, precision: str, batch: int, threads: int) -> 
     engine = ALL[name]
     generate = engine.load(folder, precision, batch, threads)
     versions = {package: importlib.metadata.version(package) for package in engine.packages}
-    slot = {"slot_bytes": engine.slot_bytes} if hasattr(engine, "slot_bytes") else {}
-    say(bytes=engine.bytes, versions=versions, **slot)
+    say(bytes=engine.bytes, slot_bytes=getattr(engine, "slot_bytes", None), versions=versions)
     for line in sys.stdin:
         say(**generate(int(line)))
 

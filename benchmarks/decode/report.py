@@ -28,9 +28,8 @@ Made by `make bench-decode`. Every engine decodes 256 tokens behind a prompt of 
 the whole head, from the same random weights. In fp32 an engine takes part whose first tokens are
 those of transformers; in the other precisions, whose rounding differs, the share of tokens that
 are ours is in the list of all engines. int8 and int4 are each engine's own format of about as many
-bits, llama.cpp's bf16 is f16. Keys and values are kept in fp32 with weights in fp32; with smaller
-weights as each engine does by itself, llama.cpp in 16 bits, OpenVINO in 8, and we in bf16 (on AMX
-in fp32).
+bits, llama.cpp's bf16 is f16. Keys and values are kept as each engine does by itself: llama.cpp in
+16 bits, OpenVINO in 8 unless weights are in fp32; "cache" says how we do.
 
 Engines take turns; numbers are medians, "spread" is the range over the median. A ratio above 1 is
 how many times as many tokens a second we decode as the best engine; **bold** is where an engine
@@ -144,14 +143,18 @@ def share(run: dict[str, Any], name: str = "t2i") -> float:
     """Of the bandwidth, if an engine read our weights and cache: the median of its turns, each by
     what was measured right before and after it, since neighbours come and go."""
     case, batch, row = run["case"], run["case"]["batch"], run["rows"][name]
-    shape, ours = SHAPES[case["shape"]].config, run["rows"]["t2i"]
-    fp32 = 2 * 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    slot = ours.get("slot_bytes", fp32)  # older results have none
-    step = ours["bytes"] + batch * slot * (case["prompt"] + case["tokens"] / 2)
+    ours = run["rows"]["t2i"]
+    step = ours["bytes"] + batch * ours["slot_bytes"] * (case["prompt"] + case["tokens"] / 2)
     return statistics.median(
         step * (case["tokens"] - 1) / (seconds * bandwidth)
         for seconds, bandwidth in zip(row["decode"], bandwidths(run, name), strict=True)
     )
+
+
+def cache_type(run: dict[str, Any]) -> str:
+    shape = SHAPES[run["case"]["shape"]].config
+    values = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    return {4: "fp32", 2: "bf16"}[run["rows"]["t2i"]["slot_bytes"] // values]
 
 
 def bandwidths(run: dict[str, Any], name: str) -> list[float]:
@@ -170,16 +173,17 @@ def engines(run: dict[str, Any]) -> dict[str, float]:
 
 def tables(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| weights | batch | best engine takes | tokens/s | of bandwidth | best engine | asked |"
+        "| weights | cache | batch | best engine takes | tokens/s | of bandwidth | best engine "
+        "| asked |"
     ]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
     details = ["\n<details><summary>all engines</summary>\n"]
     details += ["| weights | batch | engine | tokens/s | spread | prompt | same tokens |"]
     details += ["|---|---|---|---|---|---|---|"]
     for run in runs:
         case, rows, others = run["case"], run["rows"], engines(run)
         ours = rows["t2i"]["tokens_per_second"]
-        cells = [case["precision"], case["batch"]]
+        cells = [case["precision"], cache_type(run), case["batch"]]
         best = max(others, key=others.get, default=None)
         ratio = ours / others[best] if best else None
         cells += [
@@ -222,8 +226,8 @@ def sliced_table(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def picture_table(runs: list[dict[str, Any]]) -> list[str]:
-    columns = ["model", "tokens", "weights", "transformers takes", "best engine takes", "ours"]
-    columns += ["outside", "all"]
+    columns = ["model", "tokens", "weights", "cache", "transformers takes", "best engine takes"]
+    columns += ["ours", "outside", "all"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for run in runs:
         case, rows = run["case"], run["rows"]
@@ -245,7 +249,7 @@ def picture_table(runs: list[dict[str, Any]]) -> list[str]:
             )
         )
         cells = [
-            place(run), case["tokens"], case["precision"],
+            place(run), case["tokens"], case["precision"], cache_type(run),
             f"{theirs / ours:.1f}×" if theirs else "", f"{best / ours:.2f}×" if best else "",
             f"{ours:.3g} s", f"{outside:.0%}",
             ", ".join(f"{n} {s:.3g} s" for n, s in sorted(others.items(), key=lambda x: x[1])),

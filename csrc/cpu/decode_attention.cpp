@@ -3,6 +3,8 @@
 #include "cpu/decode_attention.h"
 
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/vec.h"
 
@@ -107,52 +109,40 @@ void append(const DecodeStep& step, int64_t row, int64_t head, float* workspace)
 
 // ---- What a cache holds ------------------------------------------------------------------------
 
-struct Bf16 {
-  uint16_t bits;
-};
+using c10::BFloat16, c10::Half;
 
-struct F16 {
-  uint16_t bits;
-};
-
+// By functions of this namespace: those of c10 would be one for all instruction sets.
 inline float to_float(float x) { return x; }
-inline float to_float(Bf16 x) { return from_bf16(x.bits); }
-inline float to_float(F16 x) { return from_f16(x.bits); }
+inline float to_float(BFloat16 x) { return from_bf16(x.x); }
+inline float to_float(Half x) { return from_f16(x.x); }
 inline float to_float(int8_t x) { return float(x); }
 
 // kLanes of it as floats; bytes without their scale.
 inline Vec load(const float* x) { return Vec::loadu(x); }
 
+inline Vec load(const BFloat16* x) {
+  Vec out;
+  at::vec::load_fp32_from_bf16(x, out);
+  return out;
+}
+
+inline Vec load(const Half* x) {
+  Vec out;
+  at::vec::load_fp32_from_fp16(x, out);
+  return out;
+}
+
+inline Vec load(const int8_t* x) {
 #if defined(CPU_CAPABILITY_AVX512)
-inline Vec load(const Bf16* x) {
-  const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-}
-
-inline Vec load(const F16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)); }
-
-inline Vec load(const int8_t* x) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)));
-}
 #elif defined(CPU_CAPABILITY_AVX2)
-inline Vec load(const Bf16* x) {
-  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-}
-
-inline Vec load(const F16* x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)); }
-
-inline Vec load(const int8_t* x) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
-}
 #else
-template <typename T>
-Vec load(const T* x) {
   float lanes[kLanes];
   for (int64_t i = 0; i < kLanes; ++i) lanes[i] = to_float(x[i]);
   return Vec::loadu(lanes);
-}
 #endif
+}
 
 // Slots of one head.
 template <typename T>
@@ -185,8 +175,8 @@ void with_slots(const DecodeStep& step, const DecodeTask& task, float* padded, F
   };
   switch (step.cache_type) {
     case CacheType::f32: return of_type(float());
-    case CacheType::bf16: return of_type(Bf16());
-    case CacheType::f16: return of_type(F16());
+    case CacheType::bf16: return of_type(BFloat16());
+    case CacheType::f16: return of_type(Half());
     case CacheType::int8: return of_type(int8_t());
   }
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
 
 import oracle
 import pytest
@@ -14,7 +15,7 @@ import torch
 from backends import backends, skip_unless_supported, skip_where_it_asserts
 from oracle import assert_no_worse
 
-from t2i_kernels import KVCache, decode_attention, flash_attention, triton_backend
+from t2i_kernels import KVCache, decode_attention, flash_attention, memory, triton_backend
 
 BACKENDS = backends("decode_attention")
 
@@ -464,6 +465,14 @@ def test_compiles_to_one_graph(backend, dtype):
 # ---- KVCache ------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages")
+def test_a_large_cache_begins_with_a_page():
+    cache = KVCache.allocate(1, 4096, 4, 64)  # two pages each
+    cache.k.fill_(1)
+    assert not cache.v.any() and cache.v.shape == (1, 4096, 4, 64)
+    assert cache.k.data_ptr() % memory.LARGE == cache.v.data_ptr() % memory.LARGE == 0
+
+
 def test_cache_is_one_buffer_with_lengths():
     cache = KVCache.allocate(2, 7, 3, 4, dtype=torch.int8)
     assert cache.k.shape == cache.v.shape == (2, 7, 3, 4) and cache.max_seqlen == 7
@@ -473,9 +482,6 @@ def test_cache_is_one_buffer_with_lengths():
     cache.advance(-1)
     assert cache.seqlens.tolist() == [2, 2] and cache.start.tolist() == [0, 0]
     assert KVCache.allocate(1, 1, 1, 1).k_scale is None
-    large = KVCache.allocate(1, 4096, 4, 64)  # two pages of 2 MiB each
-    assert all(x.shape == (1, 4096, 4, 64) and not x.any() for x in (large.k, large.v))
-    assert large.k.data_ptr() != large.v.data_ptr()
     with pytest.raises(TypeError, match="dtype: expected .* got torch.int64"):
         KVCache.allocate(1, 1, 1, 1, dtype=torch.int64)
 
