@@ -173,7 +173,7 @@ def sample(
     top_p: TopP = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(help="Pictures drawn together.")] = 16,
-    scale: Annotated[int, typer.Option(help="Enlarge by whole pixels.")] = 2,
+    scale: Annotated[int, typer.Option(min=1, help="Enlarge by whole pixels.")] = 2,
     weights: Weights = None,
     cache: Cache = None,
     speculate: Annotated[
@@ -192,6 +192,11 @@ def sample(
 
     if out.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise ValueError(f"--out {out}: expected a name that ends in .png, or a folder")
+    # What cannot be written to is told of before anything is drawn.
+    single = out.suffix.lower() == ".png"
+    if single and out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder: its name must not end in .png")
+    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
     pipeline = _load(model, device, threads)
     images = pipeline.sample(
         prompts,
@@ -210,7 +215,7 @@ def sample(
         progress=sys.stderr.isatty(),
     )
     captions = [prompt for prompt in prompts for _ in range(n)]
-    if out.suffix.lower() == ".png":
+    if single:
         columns = n if n > 1 else 0
         save_image(draw_grid(images, captions, columns=columns, scale=scale), out)
     else:

@@ -15,7 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from t2i_kernels import use_backend
+
 from .lm import TransformerLM, load_lm, save_lm
+from .sampler import check_options
 from .sampling import Progress, Statistics, sample_codes, score_codes
 from .text import TextTokenizer
 from .tokenizer import load_tokenizer, save_tokenizer
@@ -26,12 +29,19 @@ SHIPPED = Path(__file__).parent / "pretrained" / "emoji64"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model draws unless a call says otherwise; see ``sampling.sample_codes``."""
+    """How a model draws unless a call says otherwise; see ``sampling.sample_codes``.
+
+    Raises:
+        ValueError: an option out of range.
+    """
 
     cfg: float = 3.0
     temperature: float = 1.0
     top_k: int = 200
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_options([self.cfg], self.temperature, self.top_k, self.top_p)
 
 
 class T2I:
@@ -107,25 +117,20 @@ class T2I:
 
         Raises:
             FileNotFoundError: ``path`` holds no model.
-            ValueError: it was written by another version.
+            ValueError: it was written by another version, or is damaged.
         """
         path = SHIPPED if path is None else Path(path)
         description_file = path / "model.json"
         if not description_file.exists():
             raise FileNotFoundError(f"{path} holds no model.json: not a t2i model")
-        description = json.loads(description_file.read_text())
-        version = description.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{description_file}: format version {version}, this t2i reads {FORMAT_VERSION}"
-            )
+        name, image_size, sampling = _read_description(description_file)
         model = cls(
             load_tokenizer(path),
             load_lm(path),
             TextTokenizer.from_file(path / "text_tokenizer.json"),
-            image_size=tuple(description["image_size"]),
-            sampling=Sampling(**description.get("sampling", {})),
-            name=description["name"],
+            image_size=image_size,
+            sampling=sampling,
+            name=name,
         )
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,6 +147,8 @@ class T2I:
         """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        # A folder is a model while it holds model.json: never one whose parts are of two models.
+        (path / "model.json").unlink(missing_ok=True)
         save_tokenizer(self.tokenizer, path, dtype=dtype)
         save_lm(self.lm, path, dtype=dtype)
         self.text.save(path / "text_tokenizer.json")
@@ -179,12 +186,15 @@ class T2I:
             prompts: one caption or several, of any lengths.
             n: pictures a prompt.
             seed: picture i of every prompt has seed + i, and depends on that, its prompt and the
-                options alone, up to the rounding that ``sampling`` tells of: picture 3 of
-                ``seed=0`` is picture 0 of ``seed=3``. A sequence has one for each prompt.
+                options alone, up to the rounding that ``sampling`` tells of and a step of 255 in
+                pixels: picture 3 of ``seed=0`` is picture 0 of ``seed=3``. A sequence has one for
+                each prompt.
             batch_size: pictures drawn together; bounds memory.
             progress: True shows a bar; a function is called with (tokens done, tokens in all).
             cfg, temperature, top_k, top_p: see ``sampling.sample_codes``; None is the model's own.
-            weights, cache, speculate, draft, backend: see ``sampling.sample_codes``.
+            weights, cache, speculate, draft: see ``sampling.sample_codes``.
+            backend: of all operators, from captions to pixels, by name, and of the whole process
+                meanwhile; by default the fastest that runs here.
 
         Returns:
             ``len(prompts) * n`` RGB images, those of the first prompt first.
@@ -211,7 +221,8 @@ class T2I:
         def on_token(done: int, _: int) -> None:
             report(len(images) * size + len(batch) * done, len(work) * size)
 
-        with _progress(progress) as report:
+        chosen = use_backend(backend) if backend else contextlib.nullcontext()
+        with chosen, _progress(progress) as report:
             for first in range(0, len(work), batch_size):
                 batch = work[first : first + batch_size]
                 codes, statistics = sample_codes(
@@ -225,7 +236,6 @@ class T2I:
                     cache=cache,
                     speculate=speculate,
                     draft=draft,
-                    backend=backend,
                     progress=report and on_token,
                 )
                 started = time.perf_counter()
@@ -289,15 +299,30 @@ class T2I:
         return rows
 
 
+def _read_description(file: Path) -> tuple[str, tuple[int, int], Sampling]:
+    """Name, image size and options of sampling from a ``model.json``, or ValueError."""
+    try:
+        description = json.loads(file.read_text())
+        version = description.get("format_version")
+        if version == FORMAT_VERSION:
+            height, width = description["image_size"]
+            sampling = Sampling(**description.get("sampling", {}))
+            return description["name"], (height, width), sampling
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    raise ValueError(f"{file}: format version {version}, this t2i reads {FORMAT_VERSION}")
+
+
 @contextlib.contextmanager
 def _progress(progress: bool | Progress) -> Iterator[Progress | None]:
     """The caller's function, a bar for True, None for False."""
     if progress is not True:
         yield progress or None
         return
+    from rich.console import Console
     from rich.progress import Progress as Bar
 
-    with Bar() as bar:
+    with Bar(console=Console(stderr=True)) as bar:
         task = bar.add_task("drawing", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -88,18 +88,11 @@ def make_sampler(
         raise ValueError("the model has no image tokens: extend_vocabulary adds them")
     if num_tokens < 1:
         raise ValueError("grid: expected at least one token")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: expected a number of at least 0")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k}: expected at least 0, which keeps all")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
     device = lm.output.weight.device
     scales = [float(cfg)] * num_tokens if isinstance(cfg, Real) else list(map(float, cfg))
     if len(scales) != num_tokens:
         raise ValueError(f"cfg: a schedule of {len(scales)} scales for {num_tokens} tokens")
-    if not all(0 <= scale < float("inf") for scale in scales):
-        raise ValueError(f"cfg={cfg}: expected finite numbers of at least 0")
+    check_options(scales, temperature, top_k, top_p)
     guided_tokens = max((i + 1 for i, scale in enumerate(scales) if scale != 1), default=0)
     # Any Python integer is a seed: its lowest 64 bits, as a signed number.
     signed = [((seed + (1 << 63)) % (1 << 64)) - (1 << 63) for seed in map(int, seeds)]
@@ -111,3 +104,16 @@ def make_sampler(
         top_k=int(top_k),
         top_p=float(top_p),
     )
+
+
+def check_options(scales: Sequence[float], temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError for an option out of range; ``scales`` are of guidance."""
+    for scale in scales:
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"cfg={scale}: expected a finite number of at least 0")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: expected a finite number of at least 0")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k}: expected at least 0, which keeps all")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")

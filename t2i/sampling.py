@@ -4,11 +4,11 @@ as many as are guessed right (``speculation``).
 Reproducibility. The noise of every token is a function of (seed, position, code) and of nothing
 else (``t2i_kernels.draw``): no generator is advanced, so neither the other images of the batch nor
 their order matter. With ``decode_step``, which runs where native CPU kernels are, a row's logits do
-not depend on the others either, and a picture is the same to the bit. Elsewhere the rounding of the
-logits is left: products over another batch size, or attention behind another amount of padding, may
-differ in the last bits of fp32, and move a token where two codes nearly tie. At the size of the
-shipped model, guidance 3, batches of 16 and of 1 differ by 1e-5 (rms) in logits of std 7: one
-64-token image in some thousands. ``lm.double()`` puts it beyond reach.
+not depend on the others either, and an image has the same codes to the bit. Elsewhere the rounding
+of the logits is left: products over another batch size, or attention behind another amount of
+padding, may differ in the last bits of fp32, and move a token where two codes nearly tie. At the
+size of the shipped model, guidance 3, batches of 16 and of 1 differ by 1e-5 (rms) in logits of std
+7: one 64-token image in some thousands. ``lm.double()`` puts it beyond reach.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def sample_codes(
         temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes; 0 keeps all.
         top_p: keep the fewest codes whose probabilities reach p; 1 keeps all. After top_k.
-        prefix_padding: int [N], leading positions of each row of caption features to ignore.
+        prefix_padding: int [N], leading positions of each row of caption features to ignore; one
+            at least is left.
         weights: type of the weights while drawing, on the CPU: "fp32", "bf16", "int8" or "int4"
             (``t2i_kernels.linear.PackedWeight``); by default the model's own.
         cache: type of the keys and values that are kept: "fp32", "bf16", "fp16" or "int8" with
@@ -124,12 +125,14 @@ def sample_codes(
         speculate: guess so many tokens behind the last one, read them in one pass of the model, and
             keep those that turn out right: fewer passes, each of more rows. With the native
             ``decode_step`` the image is the same to the bit. 0 is off. By default it is on where
-            that holds and it usually pays, for one or two images of 256 tokens or more with weights
-            in fp32 or bf16, or where ``draft`` is given; then the times of passes decide how many.
+            that holds and it usually pays, for images of 256 tokens or more, two with guidance or
+            four without, with weights in fp32 or bf16, or where ``draft`` is given; then the times
+            of passes decide how many.
         draft: what guesses: weights of this type ("int8", "int4", "bf16"), which are packed at
             their first use and held beside the others, or "jacobi", what earlier passes drew. By
             default int8 for weights in fp32 or bf16, int4 for int8, otherwise jacobi.
-        backend: of all operators, by name; by default the fastest that runs here.
+        backend: of all operators, by name, and of the whole process meanwhile; by default the
+            fastest that runs here.
         progress: called with (tokens done, tokens in all) of an image, every 8 tokens or so.
 
     Returns:
@@ -138,11 +141,9 @@ def sample_codes(
     Raises:
         ValueError: an argument out of range, or a prompt too long for the model.
     """
-    config = lm.config
     num_tokens = grid[0] * grid[1]
     sampler = make_sampler(lm, seeds, cfg, temperature, top_k, top_p, num_tokens)
-    if config.image_grid is not None and tuple(grid) != config.image_grid:
-        raise ValueError(f"grid={tuple(grid)}: the model's positions are for {config.image_grid}")
+    _check_grid(lm, tuple(grid))
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed each")
     if speculate is not None and speculate < 0:
@@ -211,6 +212,7 @@ def score_codes(
     int64 [N, h, w] of each, fp32 [N]. The other arguments and errors are ``sample_codes``'s."""
     if len(prompts) != len(codes):
         raise ValueError(f"{len(prompts)} prompts for codes of {len(codes)} images")
+    _check_grid(lm, tuple(codes.shape[1:]))
     _check_types(weights, cache)
     codes = codes.flatten(1)
     with _evaluating(lm):
@@ -226,6 +228,11 @@ def score_codes(
             if first + SCORED < codes.shape[1]:
                 logits = decoder.read_codes(part[:, -1:])
     return torch.cat(losses, dim=1).mean(dim=1)
+
+
+def _check_grid(lm: TransformerLM, grid: tuple[int, ...]) -> None:
+    if lm.config.image_grid not in (None, grid):
+        raise ValueError(f"grid={grid}: the model's positions are for {lm.config.image_grid}")
 
 
 def _check_types(weights: str | None, cache: str | None) -> None:
@@ -343,6 +350,10 @@ def _prompt(
         start, length = None, lm.config.prefix_length
         used = [length] * len(prefix) * halves
         if prefix_padding is not None:
+            if not all(0 <= padding < length for padding in prefix_padding.tolist()):
+                raise ValueError(
+                    f"prefix_padding: expected 0 to {length - 1}, got {prefix_padding.tolist()}"
+                )
             start = prefix_padding.to(device, torch.int32).repeat(halves)
             used = [length - padding for padding in start.tolist()]
         if guided:

@@ -128,7 +128,8 @@ def register(op: str, backend: Backend) -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the block on the backend ``name``, or fail with the reason.
 
-    Process-wide, as ``T2I_BACKEND``; an argument ``backend=`` of a call goes before it.
+    Process-wide, as ``T2I_BACKEND``, so threads must not ask for different ones at a time. An
+    argument ``backend=`` of a call goes before it.
 
     Raises:
         ValueError: no backend is called that.

@@ -156,12 +156,14 @@ def reconstruct(
     tokenizer: torch.nn.Module, images: np.ndarray, *, progress: bool = False
 ) -> tuple[np.ndarray, Tensor]:
     """(uint8 [N, S, S, 3], codes int64 [N, h, w]) of pictures through the tokenizer and back."""
+    from rich.console import Console
     from rich.progress import track
 
     device = next(tokenizer.parameters()).device
     drawn, codes = np.empty_like(images), []
     starts = range(0, len(images), CHUNK)
-    for start in track(starts, "reconstructions", disable=not progress, transient=True):
+    bar = {"console": Console(stderr=True), "disable": not progress, "transient": True}
+    for start in track(starts, "reconstructions", **bar):
         part = slice(start, start + CHUNK)
         found = tokenizer.encode(_pixels(images[part]).to(device))
         pixels = (tokenizer.decode(found).clamp(-1, 1) + 1) * 127.5

@@ -47,11 +47,13 @@ def image_features(
     network: EfficientNetLite0, images: np.ndarray, *, side: int = SIDE, progress: bool = False
 ) -> Tensor:
     """Pooled features fp32 [N, 1280] of uint8 [N, S, S, 3], resized to ``side`` first."""
+    from rich.console import Console
     from rich.progress import track
 
     features = [torch.empty(0, NUM_FEATURES)]
     starts = range(0, len(images), BATCH)
-    for start in track(starts, "image features", disable=not progress, transient=True):
+    bar = {"console": Console(stderr=True), "disable": not progress, "transient": True}
+    for start in track(starts, "image features", **bar):
         pixels = to_float(torch.from_numpy(np.array(images[start : start + BATCH])))
         features.append(network(enlarged(pixels, side)))
     return torch.cat(features)

@@ -32,7 +32,7 @@ def build_lm(
         name_or_config: a name of ``LM_CONFIGS`` or a configuration. None takes it from the
             checkpoint, where that says.
         pretrained: path of a checkpoint (``checkpoints.read_checkpoint``, or a folder written by
-            ``save_lm``), or a model, whose weights are taken over.
+            ``save_lm``), or a model, whose weights are copied.
         image_vocab: append that many image rows, started as ``image_init`` says; see
             ``TransformerLM.extend_vocabulary``.
         image_init: "random" or "mean".
@@ -49,7 +49,11 @@ def build_lm(
             raise ValueError("give a name, a configuration or pretrained weights")
         lm = TransformerLM(config)
     elif isinstance(pretrained, TransformerLM):
-        lm = _continued(config, pretrained.config, pretrained.state_dict(), "pretrained")
+        state = {
+            name: tensor.detach().to("cpu", torch.float32, copy=True)
+            for name, tensor in pretrained.state_dict().items()
+        }
+        lm = _continued(config, pretrained.config, state, "pretrained")
     elif (Path(pretrained) / "lm.json").exists():
         lm = _continued(config, *_read_lm(Path(pretrained)), pretrained)
     else:
@@ -83,7 +87,8 @@ def save_lm(lm: TransformerLM, folder: str | Path, dtype: torch.dtype | None = N
     }
     if lm.config.tied:
         del state["output.weight"]
-    # The weights first: lm.json is what marks a folder as complete.
+    # lm.json is what marks a folder as complete.
+    (folder / "lm.json").unlink(missing_ok=True)
     part = folder / "lm.safetensors.part"
     save_file(state, part)
     os.replace(part, folder / "lm.safetensors")

@@ -55,17 +55,18 @@ def save_tokenizer(
     floating-point weights."""
     from safetensors.torch import save_file
 
+    kind = next(kind for kind, (model, _) in _MODELS.items() if type(tokenizer) is model)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: (t.to(dtype) if dtype and t.is_floating_point() else t).detach().cpu().contiguous()
         for name, t in tokenizer.state_dict().items()
     }
-    # The weights first: tokenizer.json is what marks a folder as complete.
+    # tokenizer.json is what marks a folder as complete.
+    (folder / "tokenizer.json").unlink(missing_ok=True)
     part = folder / "tokenizer.safetensors.part"
     save_file(state, part)
     os.replace(part, folder / "tokenizer.safetensors")
-    kind = next(kind for kind, (model, _) in _MODELS.items() if type(tokenizer) is model)
     description = {
         "format_version": FORMAT_VERSION,
         "kind": kind,

@@ -98,6 +98,9 @@ def test_from_pictures_to_a_picture(t2i, pictures, tmp_path, monkeypatch):
         (["train", "tokenizer", "{toml}", "run.device=tpu"], "device='tpu': expected auto"),
         (["sample", "a cat", "--model", "nowhere"], "nowhere holds no model.json"),
         (["sample", "a cat", "-o", "a.jpg"], "--out a.jpg: expected a name that ends in .png"),
+        (["sample", "a cat", "-o", "ok.toml"], "File exists: 'ok.toml'"),
+        (["sample", "a cat", "-o", "ok.toml/a.png"], "File exists: 'ok.toml'"),
+        (["sample", "a cat", "-o", "folder.png"], "--out folder.png is a folder"),
         (["tokenize", "nowhere", "--tokenizer", "{run}", "-o", "x"], "nowhere holds no finished"),
         (["export", "--tokenizer", "{run}", "--lm", "b", "-o", "c"], "b holds no checkpoint"),
     ],
@@ -108,6 +111,7 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     kind = dataset if "tokenizer" in arguments else tokens
     (tmp_path / "ok.toml").write_text(f'data.path = "{kind}"\nrun.folder = "run"\n')
+    (tmp_path / "folder.png").mkdir()
     status, _, errors = t2i(*(a.format(toml="ok.toml", run=tokenizer_run) for a in arguments))
     assert status == 1
     assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1

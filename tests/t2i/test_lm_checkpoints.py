@@ -508,6 +508,10 @@ def test_saving_and_loading(tmp_path, tied):
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["lm.json", "lm.safetensors"]
     with pytest.raises(ValueError, match="another model than the one"):
         build_lm("emoji", tmp_path / "full")
+    copied = build_lm(None, lm.bfloat16())
+    assert copied.norm.weight.dtype == torch.float32
+    copied.norm.weight.zero_()
+    assert lm.norm.weight.all()
     edit(tmp_path / "full" / "lm.json", format_version=99)
     with pytest.raises(ValueError, match="format version 99"):
         load_lm(tmp_path / "full")

@@ -12,6 +12,7 @@ from t2i.lm import LMConfig, TransformerLM
 from t2i.pipeline import T2I, Sampling
 from t2i.text import TextTokenizer
 from t2i.tokenizer import build_tokenizer
+from t2i_kernels import explain, native
 
 CAPTIONS = [f"{a} {b}" for a in ("red", "blue", "tiny") for b in ("apple", "shark", "house")]
 
@@ -127,6 +128,54 @@ def test_what_cannot_be_loaded(model, tmp_path):
         T2I.from_pretrained(tmp_path)
 
 
+def test_an_interrupted_save_leaves_no_mixture(model, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("t2i.pipeline.save_lm", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no model.json"):
+        T2I.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["{", "[]", "{}", dict(image_size=8), dict(sampling={"topk": 5}), dict(sampling={"top_p": 0})],
+)
+def test_a_damaged_description_is_named(model, tmp_path, damage):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.json"
+    if isinstance(damage, dict):
+        damage = json.dumps(json.loads(file.read_text()) | damage)
+    file.write_text(damage)
+    message = "format version None" if damage == "{}" else "model.json is damaged"
+    with pytest.raises(ValueError, match=message):
+        T2I.from_pretrained(tmp_path, device="cpu")
+
+
+def test_options_of_a_model_are_checked():
+    with pytest.raises(ValueError, match="top_p=0: expected 0 < top_p <= 1"):
+        Sampling(top_p=0)
+    with pytest.raises(ValueError, match="cfg=-1: expected a finite number"):
+        Sampling(cfg=-1)
+
+
+def test_a_backend_draws_pixels_too(model, monkeypatch):
+    chosen, decode = [], model.tokenizer.decode
+
+    def watched(codes):
+        q = torch.zeros(1, 1, 1, 16)
+        chosen.append(explain("flash_attention", q, q, q).chosen)
+        return decode(codes)
+
+    monkeypatch.setattr(model.tokenizer, "decode", watched)
+    model.sample("red apple", backend="reference")
+    model.sample("red apple")
+    assert chosen == ["reference", "cpu" if native.reason() is None else "reference"]
+
+
 def test_statistics_and_progress(model, capsys):
     calls = []
     model.sample("red apple", n=3, batch_size=2, progress=lambda *call: calls.append(call))
@@ -137,7 +186,8 @@ def test_statistics_and_progress(model, capsys):
     assert (statistics.images, statistics.tokens) == (3, 192)
     assert statistics.pixel_seconds > 0 and statistics.seconds_per_image > 0
     model.sample("red apple", progress=True)
-    assert "drawing" in capsys.readouterr().out
+    written = capsys.readouterr()
+    assert "drawing" in written.err and not written.out
 
 
 @pytest.mark.parametrize(

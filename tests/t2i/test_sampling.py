@@ -555,8 +555,14 @@ def test_models_with_a_prefix(kind):
         assert torch.equal(padded[0], codes[0]) and not torch.equal(padded[1:], codes[1:])
         with pytest.raises(ValueError, match=r"prefix_padding: .* each of 3 .*, got \(1,\)"):
             draw(lm, condition, unconditional=None, prefix_padding=padding[:1])
+        for wrong in (-1, 5):
+            with pytest.raises(ValueError, match=f"prefix_padding: expected 0 to 4, got .*{wrong}"):
+                padding = torch.tensor([0, wrong, 0])
+                draw(lm, condition, unconditional=None, prefix_padding=padding)
     with pytest.raises(ValueError, match=r"grid=\(4, 3\).*\(3, 4\)"):
         draw(lm, condition, grid=(4, 3))
+    with pytest.raises(ValueError, match=r"grid=\(4, 3\).*\(3, 4\)"):
+        score_codes(lm, condition, torch.zeros(3, 4, 3, dtype=torch.int64))
 
 
 def test_statistics_and_progress(lm):
@@ -631,6 +637,7 @@ def test_edge_sizes(lm):
         (dict(seeds=[1]), "3 prompts and 1 seeds"),
         (dict(temperature=-1.0), "temperature=-1.0"),
         (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=float("inf")), "temperature=inf"),
         (dict(top_k=-1), "top_k=-1"),
         (dict(top_p=0.0), "top_p=0.0"),
         (dict(top_p=1.5), "top_p=1.5"),
