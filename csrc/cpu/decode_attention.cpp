@@ -254,16 +254,17 @@ constexpr int sum_vecs(int rows) {
   return vecs;
 }
 
-// out[R, width] = p[R, kSlots] v, from channel d on, C vectors of channels at once.
+// out[R, width] = p[R, kSlots] v of the slots [begin, end), from channel d on, C vectors of channels
+// at once.
 template <int R, int C, typename T>
-void weigh(const float* p, const SlotRows<T>& v, int64_t d, int64_t width, int64_t count,
-           float* out) {
+void weigh(const float* p, const SlotRows<T>& v, int64_t d, int64_t width, int64_t begin,
+           int64_t end, float* out) {
   for (; d + C * kLanes <= width; d += C * kLanes) {
     Vec sum[R][C];
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < C; ++c) sum[r][c] = Vec(0.f);
     }
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
       const T* row = v[j] + d;
       Vec weight[R];
       for (int r = 0; r < R; ++r) weight[r] = Vec(p[r * kSlots + j]);
@@ -277,7 +278,7 @@ void weigh(const float* p, const SlotRows<T>& v, int64_t d, int64_t width, int64
     }
   }
   if constexpr (C > 1) {
-    if (d < width) weigh<R, C / 2>(p, v, d, width, count, out);
+    if (d < width) weigh<R, C / 2>(p, v, d, width, begin, end, out);
   }
 }
 
@@ -344,8 +345,12 @@ void attend(const DecodeStep& step, const DecodeTask& task, const DecodePartial&
                    step.softcap, partial.largest + r, partial.sum + r);
       if (int8) scale_slots(task, step.v_scale, scores);
     }
+    // A task begins at a multiple of its slots: values in front of the first token's window are not
+    // numbers that count, and 0 times what is not finite is NaN.
+    const int64_t seen = max_of(seqlen + task.token - step.window - task.slot, 0);
     by_rows(rows, [&](auto R, int64_t r) {
-      weigh<R, sum_vecs(R)>(space.scores + r * kSlots, v, 0, width, count, partial.out + r * width);
+      weigh<R, sum_vecs(R)>(space.scores + r * kSlots, v, 0, width, seen, count,
+                            partial.out + r * width);
     });
   });
 }

@@ -12,10 +12,11 @@ LARGE = 2 << 20  # bytes of a page
 
 
 def allocate_large(size: int) -> Tensor:
-    """uint8 [size] on the CPU, zeros, at the start of a page. A decoding step reads all weights and
-    the whole cache once, and would miss the TLB with every 4 KiB."""
+    """uint8 [size] on the CPU, zeros; of the size of a large page or more, at the start of one. A
+    decoding step reads all weights and the whole cache once, and would miss the TLB with every
+    4 KiB."""
     if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
     # Shared memory, which is what mmap gives by default, has no large pages.
     memory = mmap.mmap(-1, size + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them

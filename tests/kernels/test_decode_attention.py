@@ -206,6 +206,23 @@ def check_padding_may_hold_anything(backend):
     assert out.isfinite().all() and (out[:, :2] == 0).all()
 
 
+def check_anything_may_be_in_front_of_a_window(backend):
+    for dtype in (torch.float32, torch.float16, torch.int8):
+        for n in (1, 3):
+            call = tokens(
+                1, n, 4, 2, 16, torch.float16 if dtype == torch.float16 else torch.float32
+            )
+            cache = poisoned(1, 24, 2, 16, dtype)
+            fill(cache, [20])
+            clean = copy.deepcopy(cache)
+            for buffer in (cache.k, cache.v, cache.k_scale, cache.v_scale):
+                if buffer is not None:
+                    buffer[:, :16] = math.nan if buffer.is_floating_point() else -128
+            skip_unless_supported(backend, "decode_attention", *call, cache, window=4)
+            outs = [decode_attention(*call, c, window=4, backend=backend) for c in (cache, clean)]
+            assert torch.equal(*outs)
+
+
 def check_low_precision(backend):
     for dtype in (torch.bfloat16, torch.float16):
         for options in [dict(), dict(table(40, 24)), dict(window=9, softcap=2.0)]:
@@ -401,7 +418,8 @@ def check_out_of_range(backend):
 
 CHECKS = [
     check_steps, check_heads, check_rotary, check_relative_positions, check_padding,
-    check_padding_may_hold_anything, check_low_precision, check_halves, check_int8,
+    check_padding_may_hold_anything, check_anything_may_be_in_front_of_a_window,
+    check_low_precision, check_halves, check_int8,
     check_int8_of_any_scale, check_int8_is_near, check_int8_beside_fp64, check_huge_and_structured,
     check_long_cache, check_one_by_one, check_going_back, check_batch_independence, check_strides,
     check_empty, check_nothing_is_differentiated, check_out_of_range,
@@ -471,6 +489,12 @@ def test_a_large_cache_begins_with_a_page():
     cache.k.fill_(1)
     assert not cache.v.any() and cache.v.shape == (1, 4096, 4, 64)
     assert cache.k.data_ptr() % memory.LARGE == cache.v.data_ptr() % memory.LARGE == 0
+
+
+def test_memory_of_the_cpu_is_there_whatever_the_default_device():
+    with torch.device("meta"):
+        assert KVCache.allocate(1, 7, 2, 4).k.device.type == "cpu"
+        assert memory.allocate_large(100).device.type == "cpu"
 
 
 def test_cache_is_one_buffer_with_lengths():

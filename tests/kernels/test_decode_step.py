@@ -255,6 +255,8 @@ def test_errors_name_the_argument():
         (dict(k_scale=cache.k[..., 0]), ValueError, "cache.k_scale: expected None"),
         (dict(seqlens=cache.seqlens[:1]), ValueError, "cache.seqlens: expected int32"),
         (dict(start=cache.start.long()), ValueError, "cache.start: expected int32"),
+        (dict(v=cache.v.to("meta")), ValueError, "cache.v: on meta, but decoder is on cpu"),
+        (dict(seqlens=cache.seqlens.to("meta")), ValueError, "cache.seqlens: on meta"),
     ]:
         with pytest.raises(error, match=match):
             decode_step(x, model, dataclasses.replace(cache, **changes))

@@ -197,6 +197,7 @@ def test_errors_name_the_argument():
             "guidance: expected float32",
             dict(guidance=torch.ones(2, 2), logits=logits.repeat(2, 1, 1)),
         ),
+        ("seeds: on meta, but logits is on cpu", dict(seeds=seeds.to("meta"))),
         ("temperature: expected", dict(temperature=-1.0)),
         ("top_k: expected", dict(top_k=-1)),
         ("top_p: expected", dict(top_p=0.0)),

@@ -148,6 +148,7 @@ DECODE = {
     "the first four queries again": ("space.q + r * width, k", "space.q + 0 * r, k", "contract"),
     "own slot unseen": ("own + 1 - task.slot", "own - task.slot", "steps"),
     "window off by one": ("own - step.window - task", "own - step.window - 1 - task", "caches"),
+    "values in front of a window read": ("seen, count,", "0, count,", "in_front"),
     "position not from start": ("max_of(slot - start, 0)", "max_of(slot, 0)", "padding"),
     "softcap off": ("tanh(score) * Vec(softcap)", "score", "steps"),
     "scale off": (": step.scale;", ": 1;", "steps"),

@@ -33,9 +33,9 @@ def decode_step(
 ) -> Tensor:
     """Run n new tokens of each row through all layers, and score what follows the last of them.
 
-    The cache is appended to and advanced by n. A prompt is read the same way, with n its length. A
-    row's logits are the same to the bit whatever is computed with it, and however its tokens are
-    divided among calls.
+    The cache is appended to and advanced by n. A prompt is read the same way, with n its length. On
+    the backend ``cpu`` a row's logits are the same to the bit whatever is computed with it, and
+    however its tokens are divided among calls.
 
     Args:
         x: fp32 [B, n, dim], embeddings of the new tokens, on the CPU.
@@ -115,6 +115,9 @@ def bind_cache(decoder: PackedDecoder, cache: KVCache, rows: int) -> tuple:
     d = decoder
     shape = (d.layers, rows, cache.k.shape[2] if cache.k.dim() == 5 else "slots",
              d.kv_heads, d.head_dim)  # fmt: skip
+    for name in ("k", "v", "k_scale", "v_scale", "seqlens", "start"):
+        if getattr(cache, name) is not None:
+            check_device(f"cache.{name}", getattr(cache, name), "decoder", d.weights)
     for name, buffer in (("cache.k", cache.k), ("cache.v", cache.v)):
         if tuple(buffer.shape) != shape:
             raise ValueError(

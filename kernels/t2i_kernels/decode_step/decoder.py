@@ -176,7 +176,7 @@ class PackedDecoder:
         k, v, k_scale, v_scale = (
             None if t is None else t.unflatten(0, (self.layers, batch)) for t in buffers
         )
-        starts = torch.zeros(batch, dtype=torch.int32)
+        seqlens, starts = (torch.zeros(batch, dtype=torch.int32, device="cpu") for _ in range(2))
         if start is not None:
             starts.copy_(start)
-        return KVCache(k, v, torch.zeros(batch, dtype=torch.int32), starts, k_scale, v_scale)
+        return KVCache(k, v, seqlens, starts, k_scale, v_scale)

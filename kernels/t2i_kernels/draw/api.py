@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native, triton_backend
-from ..checks import check_floating
+from ..checks import check_device, check_floating
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
 
@@ -50,8 +50,8 @@ def draw(
         int64 [N, T].
 
     Raises:
-        TypeError, ValueError: a wrong type, shape or option; on the CPU also logits that are NaN or
-            inf, or −inf alone, of which Triton makes a device assertion on a GPU.
+        TypeError, ValueError: a wrong type, shape, device or option; on the CPU also logits that
+            are NaN or inf, or −inf alone, of which Triton makes a device assertion on a GPU.
         BackendError: the backend asked for cannot run the call.
     """
     call = _bind(
@@ -80,6 +80,9 @@ def _check(logits, seeds, positions, guidance, temperature, top_k, top_p) -> Non
         raise ValueError(f"logits: expected an even number of rows, got {len(logits)}")
     rows = len(logits) // 2 if guidance is not None else len(logits)
     check_noise(seeds, positions, guidance, rows, logits.shape[1])
+    for name, tensor in (("seeds", seeds), ("positions", positions), ("guidance", guidance)):
+        if tensor is not None:
+            check_device(name, tensor, "logits", logits)
     check_options(temperature, top_k, top_p)
 
 

@@ -15,10 +15,10 @@ SCHEMA = "(Tensor x, Tensor weights, int outputs, str weight_type) -> Tensor out
 
 
 def linear(x: Tensor, weight: PackedWeight, *, backend: str | None = None) -> Tensor:
-    """x Wᵀ for packed weights, accumulated in fp32 in the order of the inputs.
+    """x Wᵀ for packed weights, accumulated in fp32.
 
-    A row's result is the same to the bit however many rows are computed with it. A few rows run at
-    the speed at which memory gives the weights.
+    On the backend ``cpu`` in the order of the inputs: a row's result is the same to the bit however
+    many rows are computed with it. A few rows run at the speed at which memory gives the weights.
 
     Args:
         x: [..., inputs] of any floating type, on the CPU; computed in fp32.

@@ -56,7 +56,7 @@ class PackedWeight:
         outputs, inputs = weight.shape
         size = packed_bytes(outputs, inputs, weight_type)
         if out is None:
-            out = torch.empty(size, dtype=torch.uint8)
+            out = torch.empty(size, dtype=torch.uint8, device="cpu")
         if out.dtype != torch.uint8 or tuple(out.shape) != (size,):
             raise ValueError(f"out: expected uint8 {(size,)}, got {out.dtype} {tuple(out.shape)}")
         squares = errors = 0.0
