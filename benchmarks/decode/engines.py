@@ -86,21 +86,29 @@ class T2I:
 
         seeds = positions = torch.zeros(batch, dtype=torch.int64)  # nothing is left to chance
 
-        def generate(count: int) -> dict[str, Any]:
+        def read(count: int) -> tuple[Any, Any]:
+            """A cache for so many tokens, with the prompts in it, and the first of them."""
             cache = decoder.allocate_cache(batch, shape.prompt + count, dtype=kept)
-            began = time.perf_counter()
             logits = decode_step(embedding[prompt], decoder, cache)
-            tokens = draw(logits, seeds, positions, temperature=0)
-            read = time.perf_counter()
-            if count > 1:
-                rest = draw_tokens(
-                    tokens[:, 0], drawn, decoder, cache, count=count - 1, seeds=seeds,
-                    positions=positions, temperature=0,
-                )  # fmt: skip
-                tokens = torch.cat([tokens, rest], dim=1)
-            done = time.perf_counter()
-            return {"prefill": read - began, "decode": done - read, "tokens": tokens.tolist()}
+            return cache, draw(logits, seeds, positions, temperature=0)
 
+        def follow(cache: Any, tokens: Any, count: int) -> Any:
+            """The others."""
+            return draw_tokens(
+                tokens[:, 0], drawn, decoder, cache, count=count - 1, seeds=seeds,
+                positions=positions, temperature=0,
+            )  # fmt: skip
+
+        def generate(count: int) -> dict[str, Any]:
+            began = time.perf_counter()
+            cache, tokens = read(count)
+            first = time.perf_counter()
+            if count > 1:
+                tokens = torch.cat([tokens, follow(cache, tokens, count)], dim=1)
+            done = time.perf_counter()
+            return {"prefill": first - began, "decode": done - first, "tokens": tokens.tolist()}
+
+        self.read, self.follow = read, follow
         return generate
 
 
@@ -162,6 +170,7 @@ class LlamaCpp:
 
         options = llama_cpp.llama_model_quantize_default_params()
         options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{self.TYPES[precision]}")
+        options.pure = True  # the head, too, which keeps 6 or 8 bits by itself
         part = target.with_suffix(".part")
         status = llama_cpp.llama_model_quantize(
             str(full).encode(), str(part).encode(), ctypes.byref(options)
@@ -183,7 +192,7 @@ class LlamaCpp:
         options = llama.llama_context_default_params()
         shape = SHAPES[folder.name]
         options.n_ctx = batch * (shape.prompt + shape.tokens + 64)
-        options.n_batch = options.n_ubatch = 512
+        options.n_batch = options.n_ubatch = max(512, batch * shape.prompt)
         options.n_seq_max = batch
         options.n_threads = options.n_threads_batch = threads
         if self.fork:
@@ -192,7 +201,7 @@ class LlamaCpp:
         context = new(model, options)
         self.bytes = file.stat().st_size
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-        work, prompt = llama.llama_batch_init(512, 0, 1), shape.prompts(batch)
+        work, prompt = llama.llama_batch_init(options.n_batch, 0, 1), shape.prompts(batch)
 
         def put(rows: list[tuple[int, int, int, bool]]) -> None:
             work.n_tokens = len(rows)
@@ -215,10 +224,9 @@ class LlamaCpp:
         def generate(count: int) -> dict[str, Any]:
             clear()
             began = time.perf_counter()
-            last = []
-            for b, row in enumerate(prompt):
-                put([(token, i, b, i == shape.prompt - 1) for i, token in enumerate(row)])
-                last.append(best(shape.prompt - 1))
+            put([(token, i, b, i == shape.prompt - 1)
+                 for b, row in enumerate(prompt) for i, token in enumerate(row)])  # fmt: skip
+            last = [best(b * shape.prompt + shape.prompt - 1) for b in range(batch)]
             tokens = [last]
             read = time.perf_counter()
             for step in range(count - 1):
@@ -284,6 +292,8 @@ class OnnxRuntime:
 
 
 class OpenVino:
+    """It keeps keys and values of prompts: the time of one that it had before is not of reading."""
+
     precisions = ("fp32", "bf16", "int8", "int4")
     packages = ("openvino", "openvino-genai")
 
@@ -293,7 +303,8 @@ class OpenVino:
         if target.exists():
             return
         part = folder / f"openvino-{precision}.part"
-        options = ["--group-size", "32", "--ratio", "1.0"] if precision == "int4" else []
+        options = ["--group-size", "32", "--ratio", "1.0", "--all-layers"]  # the head, too
+        options = options if precision == "int4" else []
         command = Path(sys.executable).with_name("optimum-cli")
         subprocess.run(
             [str(command), "export", "openvino", "--model", str(folder), "--task",

@@ -27,7 +27,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 
 from engines import ALL, ENGINES, PICTURES, SLICED  # noqa: E402
-from shapes import SHAPES, make_model  # noqa: E402
+from shapes import SHAPES, make_model, step_bytes  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/decode.json"
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -206,7 +206,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
     if not together:  # one at a time, started again for each of its turns
         for worker in workers.values():
             worker.stop()
-    weights = rows["t2i"].get("bytes", 1 << 28)  # a last-level cache helps the limit, too
+    size = round(step_bytes(case, rows["t2i"]))  # a last-level cache helps the limit, too
     names = list(workers)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -214,9 +214,9 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             if not together:
                 worker.start()
                 worker.run(CHECKED)  # memory is touched, threads are there
-            before = native.read_bandwidth(case["threads"], weights)
+            before = native.read_bandwidth(case["threads"], size)
             result = worker.run(tokens)
-            after = native.read_bandwidth(case["threads"], weights)
+            after = native.read_bandwidth(case["threads"], size)
             if not together:
                 worker.stop()
             rows[name]["bandwidth"].append((before + after) / 2)
@@ -227,10 +227,11 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
     for worker in workers.values():
         worker.stop()
     steps = tokens - 1
-    for row in rows.values():
+    for name, row in rows.items():
         if "decode" in row:
+            drawn = case["batch"] // (2 if name in PICTURES else 1)
             median = statistics.median(row["decode"])
-            row["tokens_per_second"] = case["batch"] * steps / median
+            row["tokens_per_second"] = drawn * steps / median
             row["spread"] = (max(row["decode"]) - min(row["decode"])) / median
     limit = statistics.median(x for row in rows.values() for x in row.get("bandwidth", []))
     print(json.dumps(case), f"{limit / 1e9:.1f} GB/s", flush=True)

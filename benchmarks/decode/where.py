@@ -1,4 +1,4 @@
-"""Where the time of a step goes: results/decode-profile.json. Needs Linux' perf.
+"""Where the time of decoding steps goes: results/decode-profile.json. Needs Linux' perf.
 
 python benchmarks/decode/where.py --shapes 135m --threads 2
 """
@@ -6,7 +6,6 @@ python benchmarks/decode/where.py --shapes 135m --threads 2
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import re
@@ -27,7 +26,7 @@ RESULT = ROOT / "benchmarks/results/decode-profile.json"
 SECONDS = 4
 # The first pattern that a sample's "symbol (library)" holds.
 PARTS = {
-    "attention": r"::attend|::dot<|\(.*::By\)|read_slots|::append|::rotate|::finish \(",
+    "attention": r"::attend|::dot<|::exponentiate|::weigh<|::append|::rotate|::finish \(",
     "weights": r"add_rows|::multiply|::finish<",
     "inputs to int8": r"::quantize",
     "norms": r"::norm",
@@ -49,8 +48,15 @@ def main() -> None:
         make_model(shape, folder)
         for precision in T2I.precisions:
             for batch in (1, 8):
-                generate = T2I().load(folder, precision, batch, options.threads)
-                shares = profile(functools.partial(generate, SHAPES[shape].tokens))
+                engine, count = T2I(), SHAPES[shape].tokens
+                engine.load(folder, precision, batch, options.threads)
+                cache, tokens = engine.read(count)
+
+                def draw(engine=engine, count=count, cache=cache, tokens=tokens) -> None:
+                    engine.follow(cache, tokens, count)
+                    cache.advance(1 - count)  # back behind the prompt
+
+                shares = profile(draw)
                 case = {"shape": shape, "instruction_set": native.cpu_capability(),
                         "threads": options.threads, "precision": precision,
                         "batch": batch}  # fmt: skip
