@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from t2i_kernels.draw import draw
+from t2i_kernels.draw.api import check_options as check_draw_options
 
 from .lm.decoding import Decoder, PackedModel
 from .lm.model import TransformerLM
@@ -110,10 +111,5 @@ def check_options(scales: Sequence[float], temperature: float, top_k: int, top_p
     """Raises ValueError for an option out of range; ``scales`` are of guidance."""
     for scale in scales:
         if not 0 <= scale < float("inf"):
-            raise ValueError(f"cfg={scale}: expected a finite number of at least 0")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: expected a finite number of at least 0")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k}: expected at least 0, which keeps all")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}: expected 0 < top_p <= 1")
+            raise ValueError(f"cfg: expected a finite number of at least 0, got {scale}")
+    check_draw_options(temperature, top_k, top_p)
