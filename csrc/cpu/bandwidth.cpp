@@ -13,6 +13,7 @@ namespace {
 
 typedef float Vec __attribute__((vector_size(16)));
 constexpr int64_t kStreams = 4;  // one alone does not keep enough reads in flight
+constexpr int64_t kAhead[] = {0, 32, 64, 128};  // which is best depends on the processor
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -55,12 +56,11 @@ double t2i_read_bandwidth(int threads, int64_t size) {
   madvise(memory, size_t(total), MADV_HUGEPAGE);
   char* bytes = static_cast<char*>(memory);
   timed(threads, [&](int t) { std::fill_n(bytes + t * part, part, char(1)); });
-  // Rounds of 20 ms at least, so that starting threads does not count. Which distance is best depends
-  // on the processor.
+  // Rounds of 20 ms at least, so that starting threads does not count.
   double best = 0;
   int64_t repeats = 1;
-  for (int round = 0; round < 9; ++round) {
-    const int64_t ahead = round % 3 * 32;
+  for (int round = 0; round < 12; ++round) {
+    const int64_t ahead = kAhead[round % 4];
     const double seconds = timed(threads, [&](int t) {
       for (int64_t i = 0; i < repeats; ++i) {
         read(reinterpret_cast<const Vec*>(bytes + t * part), part / 16, ahead);
