@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from shapes import SHAPES, step_bytes  # noqa: E402
+from turns import compared  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 README = HERE.parents[1] / "README.md"
@@ -33,13 +34,15 @@ crashes on the smaller shape. Keys and values are kept as each engine does by it
 16 bits, OpenVINO in 8 unless weights are in fp32; "cache" says how we do. OpenVINO keeps those of a
 prompt, too, which is read once: its time is not told.
 
-Engines take turns; numbers are medians, "spread" is the range over the median. A ratio above 1 is
-how many times as many tokens a second we decode as the best engine; **bold** is where an engine
-wins. The share of the bandwidth counts the weights and the cache that a step reads, of what the
-same threads read of as many bytes right before and after each turn. Where memory is short, engines
-are started for each of their turns. Results that keep keys and values in fp32 with smaller weights
-are older: in them the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, and
-the speed of memory is that of reading as many bytes as the weights alone.
+Engines take turns; numbers are medians, "spread" is the range over the median. Other machines share
+the memory of this one, and take half its speed for minutes: turns are compared that had it at one
+speed, within a tenth, the one that most turns of all engines had. A ratio above 1 is how many times
+as many tokens a second we decode as the best engine; **bold** is where an engine wins. The share of
+the bandwidth counts the weights and the cache that a step reads, of what the same threads read of
+as many bytes right before and after each turn. Where memory is short, engines are started for each
+of their turns. Results that keep keys and values in fp32 with smaller weights are older: in them
+the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, and the speed of memory
+is that of reading as many bytes as the weights alone.
 """
 PICTURES = """Seconds for one picture with guidance, its prompt included. Ours are all of sampling:
 guidance, noise and draw behind every step. transformers draws with guidance, too, in `generate`.
@@ -67,7 +70,7 @@ GOALS = {
 
 
 def main() -> None:
-    runs = json.loads((RESULTS / "decode.json").read_text())["runs"]
+    runs = [compared(run) for run in json.loads((RESULTS / "decode.json").read_text())["runs"]]
     latest = where(runs[-1]["case"])
     order = ("fp32", "bf16", "int8", "int4")
     runs.sort(key=lambda run: (

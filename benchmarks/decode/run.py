@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE))
 
 from engines import ALL, ENGINES, PICTURES, SLICED  # noqa: E402
 from shapes import SHAPES, make_model, step_bytes  # noqa: E402
+from turns import common, compared, fewest  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/decode.json"
 PRECISIONS = ("fp32", "bf16", "int8", "int4")
@@ -76,7 +77,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="turns of each engine with memory at one speed; twice as many are "
+        "tried, then all of them count that have a speed in common",
+    )
     parser.add_argument("--again", action="store_true", help="measure what is there already")
     return parser.parse_args()
 
@@ -208,7 +215,9 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             worker.stop()
     size = round(step_bytes(case, rows["t2i"]))  # a last-level cache helps the limit, too
     names = list(workers)
-    for turn in range(rounds):
+    for turn in range(2 * rounds):
+        if fewest(common(rows)) >= rounds:
+            break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             worker = workers[name]
             if not together:
@@ -226,16 +235,12 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
                 rows[name]["passes"] = result["passes"]
     for worker in workers.values():
         worker.stop()
-    steps = tokens - 1
-    for name, row in rows.items():
-        if "decode" in row:
-            drawn = case["batch"] // (2 if name in PICTURES else 1)
-            median = statistics.median(row["decode"])
-            row["tokens_per_second"] = drawn * steps / median
-            row["spread"] = (max(row["decode"]) - min(row["decode"])) / median
-    limit = statistics.median(x for row in rows.values() for x in row.get("bandwidth", []))
-    print(json.dumps(case), f"{limit / 1e9:.1f} GB/s", flush=True)
-    for name, row in rows.items():
+    run = {"case": case, "rows": rows, "machine": processor()}
+    counted = compared(run)["rows"]
+    limit = statistics.median(x for row in counted.values() for x in row.get("bandwidth", []))
+    turns = fewest(common(rows)) or "no"
+    print(json.dumps(case), f"{turns} turns at {limit / 1e9:.1f} GB/s", flush=True)
+    for name, row in counted.items():
         print(
             f"  {name:18s}",
             row.get("skipped")
@@ -244,7 +249,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             + f"{row['spread']:.0%} spread",
             flush=True,
         )
-    return {"case": case, "bandwidth": limit, "rows": rows, "machine": processor()}
+    return run
 
 
 def processor() -> str:
