@@ -166,7 +166,7 @@ def cache_type(run: dict[str, Any]) -> str:
 def bandwidths(run: dict[str, Any], name: str) -> list[float]:
     """Around each turn; in older results once for all."""
     row = run["rows"][name]
-    return row.get("bandwidth", [run["bandwidth"]] * len(row["decode"]))
+    return row["bandwidth"] if "bandwidth" in row else [run["bandwidth"]] * len(row["decode"])
 
 
 def engines(run: dict[str, Any]) -> dict[str, float]:
