@@ -36,7 +36,9 @@ prompt, too, which is read once: its time is not told.
 
 Engines take turns; numbers are medians, "spread" is the range over the median. Other machines share
 the memory of this one, and take half its speed for minutes: turns are compared that had it at one
-speed, within a tenth, the one that most turns of all engines had. A ratio above 1 is how many times
+speed, within a tenth, the one that most turns of all engines had; "turns" is how many of them the
+engine with the fewest has, "any" where all count, since none are at one speed or the speed was
+measured once for all. A ratio above 1 is how many times
 as many tokens a second we decode as the best engine; **bold** is where an engine wins. The share of
 the bandwidth counts the weights and the cache that a step reads, of what the same threads read of
 as many bytes right before and after each turn. Where memory is short, engines are started for each
@@ -180,9 +182,9 @@ def engines(run: dict[str, Any]) -> dict[str, float]:
 def tables(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| weights | cache | batch | best engine takes | tokens/s | of bandwidth | best engine "
-        "| asked |"
+        "| asked | turns |"
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     details = ["\n<details><summary>all engines</summary>\n"]
     details += ["| weights | batch | engine | tokens/s | spread | prompt | same tokens |"]
     details += ["|---|---|---|---|---|---|---|"]
@@ -199,7 +201,7 @@ def tables(runs: list[dict[str, Any]]) -> list[str]:
             f"{best}, {others[best]:.1f}" if best else "none ran",
         ]  # fmt: skip
         goal = GOALS.get((case["shape"], case["precision"])) if case["batch"] == 1 else (1.0, None)
-        cells += [f"{goal[0]}×" + (f", {goal[1]:.0%}" if goal[1] else "")]
+        cells += [f"{goal[0]}×" + (f", {goal[1]:.0%}" if goal[1] else ""), run["turns"] or "any"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
         for name, row in rows.items():
             if name == "t2i, sliced head":
@@ -234,7 +236,7 @@ def sliced_table(runs: list[dict[str, Any]]) -> list[str]:
 
 def picture_table(runs: list[dict[str, Any]]) -> list[str]:
     columns = ["model", "tokens", "weights", "cache", "transformers takes", "best engine takes"]
-    columns += ["ours", "outside", "all"]
+    columns += ["ours", "outside", "turns", "all"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for run in runs:
         case, rows = run["case"], run["rows"]
@@ -258,7 +260,7 @@ def picture_table(runs: list[dict[str, Any]]) -> list[str]:
         cells = [
             place(run), case["tokens"], case["precision"], cache_type(run),
             f"{theirs / ours:.1f}×" if theirs else "", f"{best / ours:.2f}×" if best else "",
-            f"{ours:.3g} s", f"{outside:.0%}",
+            f"{ours:.3g} s", f"{outside:.0%}", run["turns"] or "any",
             ", ".join(f"{n} {s:.3g} s" for n, s in sorted(others.items(), key=lambda x: x[1])),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -39,8 +39,11 @@ def fewest(turns: dict[str, list[int]]) -> int:
 
 def compared(run: dict[str, Any]) -> dict[str, Any]:
     """A measured case with those turns alone, or with all of them where they have none in common or
-    the speed of memory is not known for each; and the tokens_per_second of every engine, by its
-    median, with their spread: the range over the median."""
+    the speed of memory is not known for each; how many turns an engine has there at least; and the
+    tokens_per_second of every engine, by its median, with their spread: the range over the median.
+
+    ``turns`` is 0 where all of them count, whatever memory did.
+    """
     case = run["case"]
     turns = {}
     if all("bandwidth" in row for row in run["rows"].values() if "decode" in row):
@@ -55,4 +58,4 @@ def compared(run: dict[str, Any]) -> dict[str, Any]:
             row = row | {"tokens_per_second": drawn * (case["tokens"] - 1) / median}
             row["spread"] = (max(seconds) - min(seconds)) / median
         rows[name] = row
-    return run | {"rows": rows}
+    return run | {"rows": rows, "turns": fewest(turns)}

@@ -26,6 +26,7 @@ def test_turns_at_another_speed_of_memory_do_not_count():
     }
     # At 57 and at 36 one of them has a single turn: the faster.
     assert common(rows) == {"t2i": [1], "other": [0, 1]}
+    assert compared(run(rows))["turns"] == 1
     out = compared(run(rows))["rows"]
     assert out["t2i"]["decode"] == [1.0] and out["t2i"]["tokens_per_second"] == 10
     assert out["other"]["tokens_per_second"] == 10 / 1.55
@@ -44,6 +45,7 @@ def test_the_speed_that_most_turns_have_is_taken():
 def test_all_turns_count_without_a_common_speed():
     rows = {"t2i": row((36, 2.0)), "other": row((57, 1.0)), "third": {"skipped": "why"}}
     assert fewest(common(rows)) == 0
+    assert compared(run(rows))["turns"] == 0
     out = compared(run(rows))["rows"]
     assert out["t2i"]["decode"] == [2.0] and out["other"]["decode"] == [1.0]
     assert out["third"] == {"skipped": "why"}
