@@ -59,7 +59,7 @@ int64_t prefetch_distance() {
   static const bool undisturbed = best() >= Capability::AVX512 && __builtin_cpu_is("amd");
   if (undisturbed) return 0;
 #endif
-  return 2048;
+  return kPrefetchDistance;
 }
 
 Capability capability() { return current().load(std::memory_order_relaxed); }

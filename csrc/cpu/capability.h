@@ -10,8 +10,11 @@ enum class Capability { DEFAULT, AVX2, AVX512, AVX512_VNNI, AMX };
 // The best one that both this build and this machine have, unless another was forced.
 Capability capability();
 
-// How many bytes ahead of a stream of memory to ask for the next line; 0: the processor's own
-// prefetchers do better undisturbed.
+// How many bytes ahead of a stream of memory to ask for the next line.
+constexpr int64_t kPrefetchDistance = 2048;
+
+// The same where memory is what is waited for; 0: the processor's own prefetchers do better
+// undisturbed.
 int64_t prefetch_distance();
 
 }  // namespace t2i::cpu

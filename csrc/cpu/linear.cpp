@@ -228,6 +228,14 @@ constexpr int64_t offset_of(int64_t input) {
   }
 }
 
+// How far ahead a tile of M rows asks for memory. Where M rows keep the processor longer than memory
+// takes for a line, too few lines are under way unless they are asked for early.
+template <WeightType type, int M>
+int64_t bytes_ahead() {
+  constexpr int memory_bound_rows = type == WeightType::f32 ? 6 : 2;
+  return M > memory_bound_rows ? kPrefetchDistance : prefetch_distance();
+}
+
 // The inputs [begin, end) of rows that begin at x.
 template <WeightType type, int M, int R>
 inline __attribute__((always_inline)) void float_tile(const uint8_t* const (&panels)[R],
@@ -237,7 +245,7 @@ inline __attribute__((always_inline)) void float_tile(const uint8_t* const (&pan
   constexpr int64_t step = type == WeightType::f32 ? 1 : 2;
   const int64_t whole = begin + (end - begin) / step * step;
   int64_t offset = offset_of<type>(begin);
-  const int64_t ahead = prefetch_distance();
+  const int64_t ahead = bytes_ahead<type, M>();
   // A line of a panel: its weights of the first input and, in bf16, of the second.
   const auto read = [&](int r, Vec (&first)[kVecs], Vec (&second)[kVecs]) {
     const uint8_t* line = panels[r] + offset;
@@ -295,7 +303,7 @@ inline __attribute__((always_inline)) void quantized_tile(const uint8_t* const (
   constexpr bool int4 = type == WeightType::int4;
   constexpr int kWords = int(kGroupInputs / 4), kLines = int4 ? kWords / 2 : kWords;
   constexpr int32_t bias = int4 ? 8 : kBias;
-  const int64_t ahead = prefetch_distance();
+  const int64_t ahead = bytes_ahead<type, M>();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t offset = offset_of<type>(block * kBlockInputs);
     for (int half = 0; half < 2; ++half) {
