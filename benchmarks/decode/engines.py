@@ -197,6 +197,8 @@ class LlamaCpp:
         options.n_threads = options.n_threads_batch = threads
         if self.fork:
             options.flash_attn = batch == 1  # an assertion fails in it with several sequences
+        if precision == "fp32":
+            options.type_k = options.type_v = 0  # GGML_TYPE_F32: of 16 bits, tokens are others
         new = getattr(llama, "llama_init_from_model", None) or llama.llama_new_context_with_model
         context = new(model, options)
         self.bytes = file.stat().st_size
@@ -241,7 +243,7 @@ class LlamaCpp:
 
 
 class OnnxRuntime:
-    precisions = ("fp32", "int4")
+    precisions = ("fp32", "int8", "int4")
     packages = ("onnxruntime-genai", "onnxruntime")
 
     def convert(self, folder: Path, precision: str) -> None:
@@ -377,15 +379,15 @@ class CTranslate2:
 
 
 class Pictures:
-    """This project's sampling of whole pictures: guidance, noise and draw behind every step, for
-    half as many pictures as the other engines decode rows. ``ahead``: with guesses, whose number
-    right means something with trained weights alone."""
+    """This project's sampling of the tokens of pictures: guidance, noise and draw behind every step, for
+    half as many pictures as the other engines decode rows. ``ahead``: with guesses of int8 weights,
+    whose number right means something with trained weights alone."""
 
-    precisions = ("fp32", "bf16", "int8", "int4")
     packages = ("t2i", "torch")
 
     def __init__(self, ahead: bool):
         self.ahead = ahead
+        self.precisions = ("fp32", "bf16") if ahead else ("fp32", "bf16", "int8", "int4")
 
     def convert(self, folder: Path, precision: str) -> None:
         if self.ahead and not SHAPES[folder.name].trained:

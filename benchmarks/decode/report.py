@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import sys
 from collections import defaultdict
@@ -30,27 +31,35 @@ the whole head, from the same random weights. In fp32 an engine takes part whose
 those of transformers; in the other precisions, whose rounding differs, the share of tokens that
 are ours is in the list of all engines. int8 and int4 are each engine's own format of about as many
 bits, for all matrices; llama.cpp's bf16 is f16, and it is compiled without AMX, with which it
-crashes on the smaller shape. Keys and values are kept as each engine does by itself: llama.cpp in
-16 bits, OpenVINO in 8 unless weights are in fp32; "cache" says how we do. OpenVINO keeps those of a
-prompt, too, which is read once: its time is not told.
+crashes on the smaller shape. transformers runs in fp32 alone, CTranslate2 in fp32 and int8,
+ik_llama.cpp, made for small weights, in int8 and int4, ONNX Runtime in all but bf16, which its
+kernels for the CPU do not have. With fp32 weights all keep keys and values in fp32, otherwise as
+each does by itself: llama.cpp in 16 bits, OpenVINO in 8; "cache" says how we do, in bf16, which is
+asked for: `sample` keeps fp32 unless told. OpenVINO keeps those of a prompt, too, which is read
+once: its time is not told.
 
 Engines take turns; numbers are medians, "spread" is the range over the median. Other machines share
 the memory of this one, and take half its speed for minutes: turns are compared that had it at one
-speed, within a tenth, the one that most turns of all engines had; "turns" is how many of them the
-engine with the fewest has, "any" where all count, since none are at one speed or the speed was
+speed, within a tenth, the one that leaves the most to the engine with the fewest; "turns" is how
+many that engine has, "any" where all count, since none are at one speed or the speed was
 measured once for all. A ratio above 1 is how many times
-as many tokens a second we decode as the best engine; **bold** is where an engine wins. The share of
+as many tokens a second we decode as the best engine; **bold** is where an engine wins, and ~ where
+it is not certain who does: our slowest turn and its fastest one overlap. The share of
 the bandwidth counts the weights and the cache that a step reads, of what the same threads read of
-as many bytes right before and after each turn. Where memory is short, engines are started for each
-of their turns. Results that keep keys and values in fp32 with smaller weights are older: in them
-the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, and the speed of memory
-is that of reading as many bytes as the weights alone.
+as many bytes right before and after each turn; "goal" is what we set ourselves for both. Where
+memory is short, engines are started for each of their turns.
+
+Results with AMX are older: ik_llama.cpp is its wheel there, which has no AVX-512, ONNX Runtime has
+no int8, llama.cpp keeps 16 bits of keys and values in fp32, too, which cost it its place where
+tokens differed, the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, and the
+speed of memory is that of reading as many bytes as the weights alone.
 """
-PICTURES = """Seconds for one picture with guidance, its prompt included. Ours are all of sampling:
-guidance, noise and draw behind every step. transformers draws with guidance, too, in `generate`.
-The other engines only decode two rows greedily, which is less than a picture takes. "Outside": the
-share of our time beyond that of reading weights and cache at the measured bandwidth. "Ahead": the
-same pictures with int8 weights that guess; of the shipped weights, where that means something.
+PICTURES = """Seconds for the tokens of one picture with guidance, its prompt included, the pixels not.
+Ours are all of sampling: guidance, noise and draw behind every step. transformers draws with
+guidance, too, in `generate`. The other engines only decode two rows greedily, which is less than a
+picture takes. "Outside": the share of our time beyond that of reading weights and cache at the
+measured bandwidth. "Ahead": the same pictures with int8 weights that guess; of the shipped weights,
+where that means something.
 """
 SLICED = """Where only the 16,384 codes of a picture may be drawn, only their rows of the head need
 be read. That is how pictures are drawn; the tables above read the whole head.
@@ -73,7 +82,7 @@ GOALS = {
 
 def main() -> None:
     runs = [compared(run) for run in json.loads((RESULTS / "decode.json").read_text())["runs"]]
-    latest = where(runs[-1]["case"])
+    latest = runs[-1]["case"]["machine"], runs[-1]["case"]["instruction_set"]
     order = ("fp32", "bf16", "int8", "int4")
     runs.sort(key=lambda run: (
         list(SHAPES).index(run["case"]["shape"]), run["case"]["instruction_set"],
@@ -85,7 +94,7 @@ def main() -> None:
         assert not failed, f"{run['case']}: {failed} did not run"
     machines = sorted(
         {
-            f"{r['case']['instruction_set']} ({r['machine'] or 'its name is not known'})"
+            f"{r['case']['instruction_set']} ({r['case']['machine'] or 'its name is not known'})"
             for r in runs
         }
     )
@@ -109,10 +118,18 @@ def main() -> None:
         parts += ["\n## Where the time goes\n", PROFILE]
         parts += profile_table(json.loads(profile.read_text())["rows"])
     if pictures:
-        parts += ["\n## Whole pictures\n", PICTURES, *picture_table(pictures)]
-    (RESULTS / "decode.md").write_text("\n".join(parts) + "\n")
+        parts += ["\n## Pictures\n", PICTURES, *picture_table(pictures)]
+    write(RESULTS / "decode.md", "\n".join(parts) + "\n")
     print(RESULTS / "decode.md")
-    overview([run for run in runs if where(run["case"]) == latest])
+    here = [r for r in runs if (r["case"]["machine"], r["case"]["instruction_set"]) == latest]
+    threads = max(run["case"]["threads"] for run in here)
+    overview([run for run in here if run["case"]["threads"] == threads])
+
+
+def write(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def place(run: dict[str, Any]) -> str:
@@ -128,7 +145,7 @@ def where(case: dict[str, Any]) -> str:
 def overview(runs: list[dict[str, Any]]) -> None:
     """The table of the project's README: what ran on one machine."""
     batches = sorted({run["case"]["batch"] for run in runs})
-    columns = [f"{runs[0]['machine']}, {where(runs[0]['case'])}", "weights"]
+    columns = [f"{runs[0]['case']['machine']}, {where(runs[0]['case'])}", "weights"]
     columns += ["of bandwidth, batch 1", "best engine there", *(f"batch {b}" for b in batches)]
     lines = [f"| {' | '.join(columns)} |"]
     lines += ["|---" * (4 + len(batches)) + "|"]
@@ -137,15 +154,26 @@ def overview(runs: list[dict[str, Any]]) -> None:
         for batch in batches:
             found = [run for run in runs if (run["case"]["shape"], run["case"]["precision"]) == case
                      and run["case"]["batch"] == batch]  # fmt: skip
-            others = engines(found[0]) if found else {}
-            ours = found[0]["rows"]["t2i"]["tokens_per_second"] if found else 0
-            ratios.append(f"{ours / max(others.values()):.2f}×" if others else "–")
+            ratios.append(beside_best(found[0]) if found else "–")
             if found and batch == 1:
+                others = engines(found[0])
                 cells[2] = f"{share(found[0]):.0%}"
                 cells[3] = max(others, key=others.get, default="none")
         lines.append(f"| {' | '.join([*cells, *ratios])} |")
     before, rest = README.read_text().split(BEGIN)
-    README.write_text("\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
+    write(README, "\n".join([before + BEGIN, *lines, END + rest.split(END)[1]]))
+
+
+def beside_best(run: dict[str, Any]) -> str:
+    """How many times as many tokens a second we decode as the best engine."""
+    rows, others = run["rows"], engines(run)
+    if not others:
+        return "–"
+    best = max(others, key=others.get)
+    ratio = rows["t2i"]["tokens_per_second"] / others[best]
+    if max(rows["t2i"]["decode"]) >= min(rows[best]["decode"]) and ratio >= 1:
+        return f"~{ratio:.2f}×"
+    return f"{ratio:.2f}×" if ratio >= 1 else f"**{ratio:.2f}×**"
 
 
 def share(run: dict[str, Any], name: str = "t2i") -> float:
@@ -182,7 +210,7 @@ def engines(run: dict[str, Any]) -> dict[str, float]:
 def tables(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| weights | cache | batch | best engine takes | tokens/s | of bandwidth | best engine "
-        "| asked | turns |"
+        "| goal | turns |"
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     details = ["\n<details><summary>all engines</summary>\n"]
@@ -193,9 +221,8 @@ def tables(runs: list[dict[str, Any]]) -> list[str]:
         ours = rows["t2i"]["tokens_per_second"]
         cells = [case["precision"], cache_type(run), case["batch"]]
         best = max(others, key=others.get, default=None)
-        ratio = ours / others[best] if best else None
         cells += [
-            "" if ratio is None else f"{ratio:.2f}×" if ratio >= 1 else f"**{ratio:.2f}×**",
+            beside_best(run),
             f"{ours:.1f}",
             f"{share(run):.0%} of {statistics.median(bandwidths(run, 't2i')) / 1e9:.0f} GB/s",
             f"{best}, {others[best]:.1f}" if best else "none ran",
@@ -261,7 +288,11 @@ def picture_table(runs: list[dict[str, Any]]) -> list[str]:
             place(run), case["tokens"], case["precision"], cache_type(run),
             f"{theirs / ours:.1f}×" if theirs else "", f"{best / ours:.2f}×" if best else "",
             f"{ours:.3g} s", f"{outside:.0%}", run["turns"] or "any",
-            ", ".join(f"{n} {s:.3g} s" for n, s in sorted(others.items(), key=lambda x: x[1])),
+            ", ".join(
+                [f"{n} {s:.3g} s" for n, s in sorted(others.items(), key=lambda x: x[1])]
+                + [f"{n}: {row['skipped']}" for n, row in rows.items() if "skipped" in row
+                   and not n.startswith("t2i")]
+            ),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

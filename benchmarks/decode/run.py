@@ -3,8 +3,8 @@
     python benchmarks/decode/run.py --shapes 135m 1b --threads 2 1 --batches 1 2 8
 
 Every engine gets an environment of its own under .venv-decode, models are converted once under
-data/decode. What cannot be installed or converted is in the result with its reason. An interrupted
-run goes on where it stopped.
+data/decode. What cannot be installed, converted or run is in the result with its reason. An
+interrupted run goes on where it stopped; what another machine measured stays beside this one's.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ PACKAGES = {
     "openvino-genai": [TORCH, "openvino-genai==2026.4.1.0", "optimum-intel", "nncf"],
     "ctranslate2": [TORCH, "ctranslate2==4.8.5", "transformers"],
 }
+# Wheels are for any machine: ik_llama.cpp's has no AVX-512.
+COMPILED = "llama-cpp-python,ik-llama-cpp-python"
 
 
 def main() -> None:
@@ -60,7 +62,8 @@ def main() -> None:
                 for precision in options.precisions:
                     if SHAPES[shape].ours and batch != 2:
                         continue  # a picture and its unconditional half
-                    case = {"shape": shape, "instruction_set": native.cpu_capability(),
+                    case = {"machine": processor(), "shape": shape,
+                            "instruction_set": native.cpu_capability(),
                             "threads": threads, "batch": batch, "precision": precision,
                             "tokens": SHAPES[shape].tokens,
                             "prompt": SHAPES[shape].prompt}  # fmt: skip
@@ -97,8 +100,6 @@ def environment(name: str) -> str | None:
     python = folder / "bin/python"
     if (folder / "done").exists():
         return str(python)
-    if (folder / "failed").exists():
-        return None
     print(f"{name}: making its environment", flush=True)
     venv.create(folder, with_pip=True)
     # Engines that are compiled use what this machine has, but for AMX: llama.cpp's kernels for it
@@ -109,11 +110,11 @@ def environment(name: str) -> str | None:
     for package in PACKAGES[name]:  # torch first: the others take the one that is there
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run(
-                [python, "-m", "pip", "install", "--no-cache-dir", package],
+                [python, "-m", "pip", "install", "--no-cache-dir", "--no-binary", COMPILED, package],
                 stdout=log, stderr=log, env=variables,
             )  # fmt: skip
         if done.returncode:
-            (folder / "failed").touch()
+            print(f"{name}: failed, see {log.name}", flush=True)
             return None
     (folder / "done").touch()
     return str(python)
@@ -188,7 +189,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
         try:
             worker = Worker(name, pythons[name], folder, case)
             first = worker.run(CHECKED)
-        except RuntimeError as reason:
+        except (RuntimeError, OSError) as reason:
             rows[name] = {"skipped": str(reason)}
             continue
         if expected is None:  # of transformers in fp32, else of us
@@ -220,14 +221,22 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             worker = workers[name]
-            if not together:
-                worker.start()
-                worker.run(CHECKED)  # memory is touched, threads are there
-            before = native.read_bandwidth(case["threads"], size)
-            result = worker.run(tokens)
+            if "skipped" in rows[name]:
+                continue
+            try:
+                if not together:
+                    worker.start()
+                    worker.run(CHECKED)  # memory is touched, threads are there
+                before = native.read_bandwidth(case["threads"], size)
+                result = worker.run(tokens)
+            except (RuntimeError, OSError) as reason:  # its other turns are not compared either
+                rows[name] = {"skipped": f"in turn {turn + 1}: {reason}"}
+                worker.stop()
+                continue
             after = native.read_bandwidth(case["threads"], size)
             if not together:
                 worker.stop()
+            print(f"  turn {turn + 1}, {name}: {result['decode']:.3g} s", flush=True)
             rows[name]["bandwidth"].append((before + after) / 2)
             rows[name]["prefill"].append(result["prefill"])
             rows[name]["decode"].append(result["decode"])
@@ -235,7 +244,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
                 rows[name]["passes"] = result["passes"]
     for worker in workers.values():
         worker.stop()
-    run = {"case": case, "rows": rows, "machine": processor()}
+    run = {"case": case, "rows": rows}
     counted = compared(run)["rows"]
     limit = statistics.median(x for row in counted.values() for x in row.get("bandwidth", []))
     turns = fewest(common(rows)) or "no"

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["135m"])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    rows = []
+    rows = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     for shape in options.shapes:
         folder = ROOT / "data/decode" / shape
         make_model(shape, folder)
@@ -60,11 +60,12 @@ def main() -> None:
                 case = {"shape": shape, "instruction_set": native.cpu_capability(),
                         "threads": options.threads, "precision": precision,
                         "batch": batch}  # fmt: skip
+                rows = [row for row in rows if not row.items() >= case.items()]
                 rows.append({**case, "shares": shares})
                 print(json.dumps(rows[-1]), flush=True)
-    part = RESULT.with_suffix(".part")
-    part.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    os.replace(part, RESULT)
+                part = RESULT.with_suffix(".part")
+                part.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+                os.replace(part, RESULT)
 
 
 def profile(work) -> dict[str, float]:
