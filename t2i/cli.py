@@ -43,7 +43,7 @@ Model = Annotated[
     Path | None, typer.Option("--model", help="Folder of a model. Default: the shipped weights.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int, typer.Option(help="Threads of the CPU; 0: torch's own choice.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of the CPU; 0: torch's own choice.")]
 # Options of sampling; by default the model's own.
 Cfg = Annotated[float | None, typer.Option(help="Guidance scale; 1 is off.")]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely code.")]
@@ -196,7 +196,10 @@ def sample(
     single = out.suffix.lower() == ".png"
     if single and out.is_dir():
         raise IsADirectoryError(f"--out {out} is a folder: its name must not end in .png")
-    (out.parent if single else out).mkdir(parents=True, exist_ok=True)
+    folder = out.parent if single else out
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {out}: nothing may be written to {folder}")
     pipeline = _load(model, device, threads)
     images = pipeline.sample(
         prompts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -287,6 +288,10 @@ class T2I:
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise TypeError(f"prompts[{i}]: expected text, got {type(prompt).__name__}")
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"prompts[{i}]={prompt!r} is not text: {error}") from None
             if not prompt.strip():
                 raise ValueError(f"prompts[{i}] is empty")
             row = self.text.prompt(prompt)
@@ -305,7 +310,7 @@ def _read_description(file: Path) -> tuple[str, tuple[int, int], Sampling]:
         description = json.loads(file.read_text())
         version = description.get("format_version")
         if version == FORMAT_VERSION:
-            height, width = description["image_size"]
+            height, width = map(operator.index, description["image_size"])
             sampling = Sampling(**description.get("sampling", {}))
             return description["name"], (height, width), sampling
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -15,6 +15,8 @@ from t2i_kernels.draw.api import check_options as check_draw_options
 from .lm.decoding import Decoder, PackedModel
 from .lm.model import TransformerLM
 
+CHUNK = 8  # tokens of an image between calls of ``progress``
+
 
 @dataclass(frozen=True)
 class Sampler:

@@ -29,11 +29,10 @@ from t2i_kernels.linear import WEIGHT_TYPES
 from . import speculation
 from .lm.decoding import Decoder, PackedModel, make_decoder
 from .lm.model import TransformerLM
-from .sampler import Sampler, make_sampler
+from .sampler import CHUNK, Sampler, make_sampler
 from .speculation import Counts
 
 Progress = Callable[[int, int], None]
-CHUNK = 8  # tokens of an image between calls of ``progress``
 SCORED = 64  # tokens of an image whose logits score_codes holds at once
 CACHE_TYPES = {
     "fp32": torch.float32,
@@ -45,7 +44,8 @@ CACHE_TYPES = {
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was drawn, and in which time. Statistics of several batches add up."""
+    """What was drawn, and in which time, but for packing weights, once for a model. Statistics of
+    several batches add up."""
 
     images: int = 0
     tokens: int = 0  # image tokens, over all images
@@ -125,9 +125,9 @@ def sample_codes(
         speculate: guess so many tokens behind the last one, read them in one pass of the model, and
             keep those that turn out right: fewer passes, each of more rows. With the native
             ``decode_step`` the image is the same to the bit. 0 is off. By default it is on where
-            that holds and it usually pays, for images of 256 tokens or more, two with guidance or
-            four without, with weights in fp32 or bf16, or where ``draft`` is given; then the times
-            of passes decide how many.
+            that holds and ought to pay, for images of 512 tokens or more, two with guidance or
+            four without, with weights in fp32, or where ``draft`` is given; then the times of
+            passes decide how many are guessed, if any.
         draft: what guesses: weights of this type ("int8", "int4", "bf16"), which are packed at
             their first use and held beside the others, or "jacobi", what earlier passes drew. By
             default int8 for weights in fp32 or bf16, int4 for int8, otherwise jacobi.
@@ -264,13 +264,14 @@ def _smaller(decoder: Decoder) -> str:
 
 def _pays(decoder: Decoder, prompt: Prompt, num_tokens: int) -> bool:
     """Whether guesses make drawing faster, as a rule. Packing the weights that guess takes as long
-    as some 130 passes in fp32 (of the shipped model), and with every row of the batch a guess costs
-    more, a pass of the weights hardly."""
+    as some 130 passes in fp32 (of the shipped model), which saving every second one of fewer tokens
+    does not make up for; bf16 are read little slower than what guesses; and with every row of the
+    batch a guess costs more, a pass of the weights hardly."""
     return (
         isinstance(decoder, PackedModel)
         and decoder.backend == "cpu"  # others do not promise the same bits
-        and decoder.decoder.weight_type in ("fp32", "bf16")
-        and num_tokens >= 256
+        and decoder.decoder.weight_type == "fp32"
+        and num_tokens >= 512
         and len(prompt.used) <= 4
     )
 

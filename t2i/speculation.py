@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .lm.decoding import Decoder
-from .sampler import Sampler
+from .sampler import CHUNK, Sampler
 
 MOST = 12  # guesses that Pace may ask for
 
@@ -38,7 +38,8 @@ class Pace:
 
     With n guesses of which each is right with probability p, if the ones before it are, a pass
     draws 1 + p + … + pⁿ tokens on average (arXiv 2211.17192, equation 1). It takes n drafts,
-    and the time of a plain pass and of n rows more.
+    and the time of a plain pass and of n rows more. Without guesses some tokens are drawn by plain
+    passes, as fast as where none is ever guessed.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class Pace:
         if self.passes < 4:  # the costs of both, each twice: the first ones are cold
             return (0, 4)[self.passes % 2]
         best = max(range(MOST + 1), key=self.speed)
-        return best or (4 if self.passes % 64 == 0 else 0)  # circumstances may change
+        return best or (4 if self.passes % 16 == 0 else 0)  # circumstances may change
 
     def speed(self, guesses: int) -> float:
         """Tokens a second."""
@@ -60,7 +61,7 @@ class Pace:
 
     def record(self, guesses: int, drafting: float, reading: float, right: int, wrong: int) -> None:
         """A pass: its guesses, seconds for them and for reading them, how many were right, and at
-        how many a row ended early."""
+        how many a row ended early. Of plain passes ``reading`` is what one of them took."""
         self.passes += 1
         if self.passes <= 2:
             return
@@ -101,7 +102,7 @@ def speculate(
     passes = drafts = bytes_read = 0
     known = torch.ones_like(sampler.seeds)  # codes of each image that are right
     guesses = codes[:, :1].repeat(1, num_tokens + most)  # of all codes, right ones in front
-    index = torch.arange(most + 1, device=codes.device)
+    index = torch.arange(max(most + 1, CHUNK), device=codes.device)
 
     def forget(counts: Tensor) -> None:
         decoder.forget(counts.int().repeat(len(used) // images))
@@ -113,24 +114,33 @@ def speculate(
                 guesser.keep(images)
             sampler, used = sampler.unguided(), used[:images]
         count = min(most if pace is None else pace.guesses(), num_tokens - least - 1)
+        plain = pace is not None and not count
+        drawing = min(CHUNK, num_tokens - least) if plain else count + 1  # tokens, at most
         # An image that is done, or nearly so, reads its last tokens again: they are not guessed.
         sure = known[:, None].clone()
-        again = (known - (num_tokens - 1 - count)).clamp_min(0)
+        again = (known - (num_tokens - drawing)).clamp_min(0)
         forget(again)
         known -= again
-        rows, cached = len(used) // images, sum(used)
 
         began = time.perf_counter()
+        if plain:
+            drawn, read = _draw_in_turns(decoder, sampler, guesses, known, used, drawing)
+            guesses.scatter_(1, known[:, None] + index[:drawing], drawn)
+            passes += drawing
+            bytes_read += read
+            known += drawing
+            pace.record(0, 0.0, (time.perf_counter() - began) / drawing, 0, 0)
+            if guesser is None:
+                guesses = _repeat_last(guesses, known, index[: most + 1])
+            if progress is not None:
+                progress(int(known.min()), num_tokens)
+            continue
         if guesser is not None and count:
-            last = guesses.gather(1, known[:, None] - 1)
-            drawn = sampler.several(guesser, last, known, count)
+            drawn, read = _draw_in_turns(guesser, sampler, guesses, known, used, count)
             at = known[:, None] + index[:count]
             guesses.scatter_(1, at, torch.where(at < sure, guesses.gather(1, at), drawn))
             drafts += count
-            slots = (
-                count * (cached + rows * int(known.sum())) + len(used) * count * (count - 1) // 2
-            )
-            bytes_read += count * guesser.weight_bytes + guesser.slot_bytes * slots
+            bytes_read += read
             forget(torch.full_like(known, count))
         drafted = time.perf_counter()
         where = known[:, None] + index[: count + 1]  # positions that are drawn
@@ -138,9 +148,9 @@ def speculate(
         right = (drawn == guesses.gather(1, where))[:, :-1].long().cumprod(dim=1).sum(dim=1)
         guesses.scatter_(1, where, drawn)
         if guesser is None:
-            guesses = _repeat_last(guesses, known + count + 1, index)
+            guesses = _repeat_last(guesses, known + count + 1, index[: most + 1])
         passes += 1
-        slots = cached + rows * int((known + count).sum())
+        slots = sum(used) + len(used) // images * int((known + count).sum())
         bytes_read += decoder.weight_bytes + decoder.slot_bytes * slots
         forget(count - right)
         known += right + 1
@@ -152,6 +162,22 @@ def speculate(
             progress(int(known.min()), num_tokens)
     codes.copy_(guesses[:, :num_tokens])
     return Counts(passes, drafts, bytes_read)
+
+
+def _draw_in_turns(
+    decoder: Decoder,
+    sampler: Sampler,
+    guesses: Tensor,
+    known: Tensor,
+    used: Sequence[int],
+    count: int,
+) -> tuple[Tensor, int]:
+    """The next ``count`` codes of each image behind its ``known`` ones, and the bytes read."""
+    slots = sum(used) + len(used) // len(known) * int(known.sum())
+    slots = count * slots + len(used) * count * (count - 1) // 2
+    last = guesses.gather(1, known[:, None] - 1)
+    drawn = sampler.several(decoder, last, known, count)
+    return drawn, count * decoder.weight_bytes + decoder.slot_bytes * slots
 
 
 def _repeat_last(guesses: Tensor, first: Tensor, index: Tensor) -> Tensor:

@@ -379,9 +379,9 @@ class CTranslate2:
 
 
 class Pictures:
-    """This project's sampling of the tokens of pictures: guidance, noise and draw behind every step, for
-    half as many pictures as the other engines decode rows. ``ahead``: with guesses of int8 weights,
-    whose number right means something with trained weights alone."""
+    """This project's sampling of the tokens of pictures: guidance, noise and draw behind every
+    step, for half as many pictures as the other engines decode rows. ``ahead``: with guesses of
+    int8 weights, whose number right means something with trained weights alone."""
 
     packages = ("t2i", "torch")
 

@@ -54,8 +54,8 @@ no int8, llama.cpp keeps 16 bits of keys and values in fp32, too, which cost it 
 tokens differed, the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, and the
 speed of memory is that of reading as many bytes as the weights alone.
 """
-PICTURES = """Seconds for the tokens of one picture with guidance, its prompt included, the pixels not.
-Ours are all of sampling: guidance, noise and draw behind every step. transformers draws with
+PICTURES = """Seconds for the tokens of one picture with guidance, its prompt included, the pixels
+not. Ours are all of sampling: guidance, noise and draw behind every step. transformers draws with
 guidance, too, in `generate`. The other engines only decode two rows greedily, which is less than a
 picture takes. "Outside": the share of our time beyond that of reading weights and cache at the
 measured bandwidth. "Ahead": the same pictures with int8 weights that guess; of the shipped weights,

@@ -17,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 from pathlib import Path
@@ -44,8 +45,12 @@ PACKAGES = {
     "openvino-genai": [TORCH, "openvino-genai==2026.4.1.0", "optimum-intel", "nncf"],
     "ctranslate2": [TORCH, "ctranslate2==4.8.5", "transformers"],
 }
-# Wheels are for any machine: ik_llama.cpp's has no AVX-512.
-COMPILED = "llama-cpp-python,ik-llama-cpp-python"
+# The source distribution of this package lacks a file that its build runs.
+IK_LLAMA = "ik-llama-cpp-python"
+IK_LLAMA_BUILD_INFO = """file(WRITE "${CMAKE_CURRENT_LIST_DIR}/../build-info.cpp"
+    "int LLAMA_BUILD_NUMBER = 0; char const *LLAMA_COMMIT = \\"\\";
+     char const *LLAMA_COMPILER = \\"\\"; char const *LLAMA_BUILD_TARGET = \\"\\";\\n")
+"""
 
 
 def main() -> None:
@@ -107,17 +112,35 @@ def environment(name: str) -> str | None:
     flags = " ".join(f"-DCMAKE_{x}_FLAGS=-mno-amx-int8" for x in ("C", "CXX"))
     amx = "amx_int8" in Path("/proc/cpuinfo").read_text()
     variables = os.environ | {"CMAKE_ARGS": f"-DGGML_NATIVE=ON {flags if amx else ''}"}
-    for package in PACKAGES[name]:  # torch first: the others take the one that is there
-        with open(folder / "log.txt", "a") as log:
-            done = subprocess.run(
-                [python, "-m", "pip", "install", "--no-cache-dir", "--no-binary", COMPILED, package],
-                stdout=log, stderr=log, env=variables,
-            )  # fmt: skip
-        if done.returncode:
-            print(f"{name}: failed, see {log.name}", flush=True)
+    with open(folder / "log.txt", "a") as log:
+
+        def pip(*arguments: str | Path) -> None:
+            command = [python, "-m", "pip", *arguments]
+            subprocess.run(command, check=True, stdout=log, stderr=log, env=variables)
+
+        try:
+            for package in PACKAGES[name]:  # torch first: the others take the one that is there
+                if package.startswith(IK_LLAMA):  # its wheel is for any machine: without AVX-512
+                    pip("download", "--no-deps", "--no-binary", IK_LLAMA, "-d", folder, package)
+                    package = unpack_ik_llama(folder)
+                pip("install", "--no-cache-dir", package)
+        except (subprocess.CalledProcessError, OSError) as error:
+            print(f"{name}: {error}, see {log.name}", flush=True)
             return None
     (folder / "done").touch()
     return str(python)
+
+
+def unpack_ik_llama(folder: Path) -> Path:
+    """Its source distribution, with what is missing there."""
+    (archive,) = folder.glob("ik_llama_cpp_python-*.tar.gz")
+    with tarfile.open(archive) as sources:
+        sources.extractall(folder / "source", filter="data")
+    (unpacked,) = (folder / "source").iterdir()
+    script = unpacked / "vendor/ik_llama.cpp/common/cmake/build-info-gen-cpp.cmake"
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(IK_LLAMA_BUILD_INFO)
+    return unpacked
 
 
 class Worker:

@@ -17,6 +17,7 @@ using namespace t2i::cpu;
 
 constexpr const char* kOp = "decode_attention";
 constexpr int64_t kMostFloats = 1 << 24;  // of results that wait for each other
+
 Tokens read_only(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
@@ -68,6 +69,33 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
   check(kOp, k_new.size(2) > 0 ? q.size(2) % k_new.size(2) == 0 : q.size(2) == 0,
         "q has ", q.size(2), " heads, no multiple of k_new's ", k_new.size(2));
   const int64_t batch = q.size(0), kv_heads = k_new.size(2), slots = k_cache.size(1);
+  check(kOp, shape(k_new) == shape(v_new) && k_new.size(0) == batch && k_new.size(1) == q.size(1) &&
+            k_new.size(3) == q.size(3) && k_new.scalar_type() == q.scalar_type() &&
+            v_new.scalar_type() == q.scalar_type(),
+        "k_new and v_new must be like q ", shape(q), " but for their heads, and of its type, got ",
+        shape(k_new), " and ", shape(v_new));
+  check(kOp, shape(k_cache) == shape(v_cache) && k_cache.scalar_type() == v_cache.scalar_type() &&
+            k_cache.size(0) == batch && k_cache.size(2) == kv_heads && k_cache.size(3) == q.size(3),
+        "k_cache and v_cache must be of one type and [", batch, ", slots, ", kv_heads, ", ",
+        q.size(3), "], got ", shape(k_cache), " and ", shape(v_cache));
+  if (int8) {
+    for (const Tensor& s : {*k_scale, *v_scale}) {
+      bool fits = s.is_cpu() && s.dim() == 3 && s.scalar_type() == ScalarType::Float;
+      for (int64_t i = 0; fits && i < 3; ++i) fits = s.size(i) == k_cache.size(i);
+      check(kOp, fits, "k_scale and v_scale must be float32 and have the first three dimensions of "
+            "the cache ", shape(k_cache), ", got ", shape(s));
+    }
+  }
+  check(kOp, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
+        batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
+  check(kOp, rotary_cos.has_value() == rotary_sin.has_value(),
+        "rotary_cos and rotary_sin: give both or none");
+  if (rotary_cos) {
+    check(kOp, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
+              2 * rotary_cos->size(1) <= q.size(3),
+          "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", q.size(3),
+          ", got ", shape(*rotary_cos), " and ", shape(*rotary_sin));
+  }
   std::vector<int64_t> out_shape;
   for (int64_t i = 0; i < 4; ++i) out_shape.push_back(q.size(i));
   Tensor out = torch::stable::empty(out_shape, q.scalar_type());

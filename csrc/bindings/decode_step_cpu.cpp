@@ -120,10 +120,10 @@ class Step {
     quantized_ = decoder.head.quantized();
     // Of a thread: sums, or attention's workspace; and a few prepared rows.
     prepared_size_ = std::min(rows_, kFewRows) * widest_;
-    quantized_size_ = quantized_ ? quantized_size(std::min(rows_, kFewRows), widest_) : 0;
+    const int64_t quantized = quantized_ ? quantized_size(std::min(rows_, kFewRows), widest_) : 0;
     attention_size_ = decode_.workspace(attention_);
     thread_size_ = round_up(std::max(kLinearWorkspace, attention_size_)) +
-                   round_up(prepared_size_) + round_up(quantized_size_);
+                   round_up(prepared_size_) + round_up(quantized);
     const int64_t shared_rows = rows_ > kFewRows ? rows_ : 0;
     const int64_t sizes[] = {rows_ * decoder.dim,
                              rows_ * decoder.qkv_width(),
@@ -290,7 +290,7 @@ class Step {
   const DecodeKernels& decode_;
   NormRow norm_row_;
   bool quantized_;
-  int64_t widest_, prepared_size_, quantized_size_, attention_size_, thread_size_;
+  int64_t widest_, prepared_size_, attention_size_, thread_size_;
   Floats memory_;
   float *residual_, *qkv_, *attended_, *ffn_, *shared_, *shared_quantized_, *threads_space_;
   std::vector<DecodePartial> partials_;
@@ -324,9 +324,11 @@ struct Model {
       check(op, cache->is_cpu() && cache->dim() == 5 && cache->stride(4) == 1,
             "cache must be [layers, batch, slots, heads, head_dim] on the CPU, its rows contiguous");
       check(op, shape(*cache) == shape(k_cache) &&
-                cache->scalar_type() == k_cache.scalar_type() &&
-                cache->stride(0) == k_cache.stride(0),
+                cache->scalar_type() == k_cache.scalar_type(),
             "cache must be k and v alike, got ", shape(k_cache), " and ", shape(v_cache));
+      check(op, cache->stride(0) == k_cache.stride(0),
+            "the layers of cache.k and cache.v must be equally far apart, they are ",
+            k_cache.stride(0), " and ", v_cache.stride(0), " numbers");
     }
     batch = k_cache.size(1);
     const bool int8 = k_cache.scalar_type() == ScalarType::Char;

@@ -51,8 +51,8 @@ inline void widen(const uint8_t* words, Vec (&low)[kVecs], Vec (&high)[kVecs]) {
 
 // ---- Sums of products of bytes -----------------------------------------------------------------
 
-// 16 sums of int32, and what takes the place of x when bytes are multiplied: kBias is what was added
-// to a byte of weights that was packed as w + 128, and is still in it.
+// 16 sums of int32. kBias is what was added to a byte of weights that was packed as w + 128, and is
+// still in it.
 #if defined(CPU_CAPABILITY_AVX512)
 
 struct Ints {

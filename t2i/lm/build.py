@@ -119,7 +119,11 @@ def _read_lm(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
         )
     state = read_safetensors(folder / "lm.safetensors")
     state = {name: tensor.float() for name, tensor in state.items()}
-    return LMConfig.from_dict(description["config"]), state
+    try:
+        config = LMConfig.from_dict(description["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'lm.json'} is damaged: {error!r}") from error
+    return config, state
 
 
 def _continued(

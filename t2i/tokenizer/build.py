@@ -110,13 +110,16 @@ def load_tokenizer(path: str | Path, name: str | VQGANConfig | None = None) -> n
             f"{description_file}: format version {description.get('format_version')}, "
             f"this t2i reads {FORMAT_VERSION}"
         )
-    if description["kind"] not in _MODELS:
+    if description.get("kind") not in _MODELS:
         raise ValueError(
-            f"{description_file}: kind {description['kind']!r}, expected {' or '.join(_MODELS)}"
+            f"{description_file}: kind {description.get('kind')!r}, expected {' or '.join(_MODELS)}"
         )
     model, kind = _MODELS[description["kind"]]
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-    tokenizer = model(kind(**fields))
+    try:
+        fields = description["config"].items()
+        tokenizer = model(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields}))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{description_file} is damaged: {error!r}") from error
     if config is not None and config != tokenizer.config:
         raise ValueError(f"{path} holds another tokenizer than {name!r}: {tokenizer.config}")
     weights = path / "tokenizer.safetensors"

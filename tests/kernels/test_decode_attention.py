@@ -15,7 +15,7 @@ import torch
 from backends import backends, skip_unless_supported, skip_where_it_asserts
 from oracle import assert_no_worse
 
-from t2i_kernels import KVCache, decode_attention, flash_attention, memory, triton_backend
+from t2i_kernels import KVCache, decode_attention, flash_attention, memory, native, triton_backend
 
 BACKENDS = backends("decode_attention")
 
@@ -613,3 +613,38 @@ def test_bad_calls_are_named(call):
     args, kwargs, error, message = call
     with pytest.raises(error, match=message):
         decode_attention(*args, **kwargs)
+
+
+@pytest.mark.skipif(native.reason() is not None, reason=str(native.reason()))
+def test_the_operator_itself_reads_nothing_out_of_bounds():
+    """Where it is called past the checks of decode_attention."""
+    from t2i_kernels.decode_attention import api
+
+    names = ["q", "k_new", "v_new", "k_cache", "v_cache", "k_scale", "v_scale", "seqlens", "start",
+             "cos", "sin"]  # fmt: skip
+    for cache, name, wrong in [
+        (changed(), "q", Q[:1]),
+        (changed(), "q", Q[..., :4]),
+        (changed(), "k_new", N[:1]),
+        (changed(), "k_new", N.half()),
+        (changed(), "v_new", N[:, :0]),
+        (changed(), "v_new", N[:, :, :1]),
+        (changed(), "k_cache", torch.zeros(1, 6, 2, 8)),
+        (changed(), "k_cache", torch.zeros(2, 6, 1, 8)),
+        (changed(), "v_cache", torch.zeros(2, 5, 2, 8)),
+        (changed(), "v_cache", torch.zeros(2, 6, 2, 8).bfloat16()),
+        (changed(), "v_cache", torch.zeros(2, 6, 2, 4)),
+        (changed(), "k_scale", torch.zeros(2, 6, 2)),
+        (INT8, "k_scale", torch.zeros(2, 5, 2)),
+        (INT8, "v_scale", torch.zeros(2, 6, 2).double()),
+        (INT8, "v_scale", None),
+        (changed(), "seqlens", torch.zeros(1, dtype=torch.int32)),
+        (changed(), "start", torch.zeros(3, dtype=torch.int32)),
+        (changed(), "cos", torch.zeros(6, 5)),
+        (changed(), "sin", COS[1:]),
+        (changed(), "sin", None),
+    ]:
+        call = list(api._bind(Q, N, N, cache, rotary_cos=COS, rotary_sin=COS))
+        call[names.index(name)] = wrong
+        with pytest.raises(ValueError, match="decode_attention: "):
+            torch.ops.t2i.decode_attention.cpu(*call)

@@ -236,6 +236,60 @@ def test_the_operator_itself_reads_nothing_out_of_bounds():
             torch.ops.t2i.decode_step.cpu(*call)
 
 
+def test_weights_that_do_not_fit_are_named():
+    good = dict(
+        attention_norm=norm(8, False), qkv=torch.zeros(24, 8), out=torch.zeros(8, 8),
+        ffn_norm=norm(8, False), gate_up=torch.zeros(82, 8), down=torch.zeros(8, 41),
+    )  # fmt: skip
+
+    def pack(options=(), **changes):
+        layer = LayerWeights(**{**good, **changes})
+        options = dict(heads=1, kv_heads=1, weight_type="fp32") | dict(options)
+        return PackedDecoder.pack([layer], norm(8, False), torch.zeros(9, 8), **options)
+
+    pack()
+    for match, changes in [
+        (r"layers.0.gate_up: expected \(82, 8\), got \(2, 8\)", dict(gate_up=torch.zeros(2, 8))),
+        (r"layers.0.gate_up: expected \(82, 8\), got \(84, 8\)", dict(gate_up=torch.zeros(84, 8))),
+        (r"layers.0.out: expected \(8, 8\)", dict(out=torch.zeros(9, 8))),
+        ("layers.0.ffn_norm: expected weights", dict(ffn_norm=norm(9, False))),
+        ("layers.0.ffn_norm.bias: expected none", dict(ffn_norm=norm(8, True))),
+        ("layers.0.q_norm: expected none, as qk_norm='none'", dict(q_norm=norm(8, False))),
+        ("layers.0.k_norm: expected weights", dict(options={"qk_norm": "head"},
+                                                   q_norm=norm(8, False))),
+        (r"layers.0.attention_norm.bias: expected \(8,\), got \(7,\)", dict(
+            options={"norm_name": "layernorm"},
+            attention_norm=NormWeights(torch.ones(8), torch.ones(7)))),
+        (r"rotary_cos: expected float32 \[positions, R/2\], got torch.bfloat16", dict(
+            options=dict(rotary_cos=torch.ones(4, 4).bfloat16(), rotary_sin=torch.ones(4, 4)))),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            pack(**changes)
+    with pytest.raises(ValueError, match="layers: expected at least one"):
+        PackedDecoder.pack(
+            [], norm(8, False), torch.zeros(9, 8), heads=1, kv_heads=1, weight_type="fp32"
+        )
+
+
+@pytest.mark.parametrize("from_start", [True, False])
+def test_a_long_prompt_beyond_the_rotary_table_writes_nothing(from_start):
+    model = decoder(positions_from_start=from_start)
+    cache = poisoned(model, 1, 700)
+    with pytest.raises(IndexError, match="position 599 is outside rotary_cos, which has 400"):
+        decode_step(torch.randn(1, 600, DIM), model, cache)
+    assert cache.k.isnan().all() and cache.seqlens.tolist() == [0]
+    with pytest.raises(IndexError, match="rotary_cos, which has 400"):
+        decode_step(torch.randn(1, 401, DIM), model, cache, backend="reference")
+    assert cache.k.isnan().all() and cache.seqlens.tolist() == [0]
+
+
+def test_long_caches_take_prompts_in_smaller_parts():
+    model = decoder(rotary="none")
+    x = torch.randn(1, 200, DIM)
+    logits = [decode_step(x, model, model.allocate_cache(1, slots)) for slots in (200, 8192)]
+    assert torch.equal(*logits)  # 200 tokens at once, then 128 and 72
+
+
 def test_errors_name_the_argument():
     model = decoder()
     cache = model.allocate_cache(2, 8)

@@ -198,10 +198,24 @@ def test_errors_name_the_argument():
             dict(guidance=torch.ones(2, 2), logits=logits.repeat(2, 1, 1)),
         ),
         ("seeds: on meta, but logits is on cpu", dict(seeds=seeds.to("meta"))),
-        ("temperature: expected", dict(temperature=-1.0)),
+        ("temperature: expected 0 or", dict(temperature=-1.0)),
+        ("temperature: expected 0 or", dict(temperature=1e-38)),
+        ("temperature: expected 0 or", dict(temperature=1e39)),
+        ("temperature: expected 0 or", dict(temperature=float("nan"))),
+        ("top_k: expected a whole number", dict(top_k=0.9)),
+        ("top_k: expected a whole number", dict(top_k=1 << 63)),
         ("top_k: expected", dict(top_k=-1)),
         ("top_p: expected", dict(top_p=0.0)),
     ]:
         call = dict(logits=logits, seeds=seeds, positions=positions) | options
         with pytest.raises(ValueError, match=wrong):
             draw(**call)
+    for wrong, options in [
+        ("seeds: expected a tensor, got list", dict(seeds=[0, 1])),
+        (
+            "guidance: expected a tensor, got float",
+            dict(logits=logits.repeat(2, 1, 1), guidance=3.0),
+        ),
+    ]:
+        with pytest.raises(TypeError, match=wrong):
+            draw(**dict(logits=logits, seeds=seeds, positions=positions) | options)

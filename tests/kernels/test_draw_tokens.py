@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_decode_step import DIM, OUTPUTS, decoder, poisoned
 
-from t2i_kernels import native
+from t2i_kernels import BackendError, native
 from t2i_kernels.decode_step import decode_step
 from t2i_kernels.draw import draw
 from t2i_kernels.draw_tokens import api, draw_tokens
@@ -119,11 +119,22 @@ def test_the_operator_itself_reads_nothing_out_of_bounds():
         ("positions", POSITIONS[:2], ValueError),
         ("guidance", scales[:, 1:], ValueError),
         ("guidance", None, ValueError),
-        ("count", 5, (IndexError, ValueError)),
     ]:
         call = list(good)
         call[names.index(name)] = wrong
         with pytest.raises(error, match="draw_tokens: "):
+            torch.ops.t2i.draw_tokens.cpu(*call)
+    wider = torch.cat([scales, scales[:, :1]], dim=1)
+    for place, tensor, match in [
+        (None, None, "slots 5 to 9, but the cache has 9"),
+        (9 + 13, cache.seqlens - 6, "cache.seqlens"),
+        (9 + 14, cache.start - 1, "start"),
+    ]:
+        call = list(good)
+        call[2], call[5] = (5, wider) if place is None else (4, scales)
+        if place is not None:
+            call[place] = tensor
+        with pytest.raises(IndexError, match=f"draw_tokens: .*{match}"):
             torch.ops.t2i.draw_tokens.cpu(*call)
     call = list(good)
     call[9 + 3] = 0  # heads
@@ -155,6 +166,36 @@ def test_a_full_cache_is_an_error_before_anything_is_written(backend):
     assert cache.k[:, :, 5:].isnan().all() and cache.seqlens.tolist() == [5] * 3
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("from_start", [True, False])
+def test_positions_beyond_the_rotary_table_are_an_error_before_anything_is_written(
+    backend, from_start
+):
+    model, cache, embedding, codes, _ = problem(4, guided=False, positions_from_start=from_start)
+    model.rotary_cos, model.rotary_sin = model.rotary_cos[:7], model.rotary_sin[:7]
+    with pytest.raises(IndexError, match="position 8 is outside rotary_cos, which has 7"):
+        draw_tokens(
+            codes, embedding, model, cache, count=4, seeds=SEEDS, positions=POSITIONS,
+            backend=backend,
+        )  # fmt: skip
+    assert cache.k[:, :, 5:].isnan().all() and cache.seqlens.tolist() == [5] * 3
+
+
+def test_a_cache_that_the_cpu_cannot_take_is_for_the_reference():
+    expected, *_ = drawn_by_turns = problem(4, guided=False)
+    expected = in_turns(*drawn_by_turns, 4)
+    model, cache, embedding, codes, _ = problem(4, guided=False)
+    wide = model.allocate_cache(3, 12).v[:, :, :9]
+    cache.v = wide.copy_(cache.v)
+    settings = dict(count=4, seeds=SEEDS, positions=POSITIONS)
+    reason = "layers of the keys in the cache are not as far apart"
+    with pytest.raises(BackendError, match=reason):
+        draw_tokens(codes, embedding, model, cache, backend="cpu", **settings)
+    with pytest.raises(BackendError, match=reason):
+        decode_step(embedding[codes][:, None], model, cache, backend="cpu")
+    assert torch.equal(draw_tokens(codes, embedding, model, cache, **settings), expected)
+
+
 def test_errors_name_the_argument():
     model, cache, embedding, codes, scales = problem(4, guided=True)
     good = dict(count=4, seeds=SEEDS, positions=POSITIONS, guidance=scales)
@@ -169,7 +210,10 @@ def test_errors_name_the_argument():
         (ValueError, "seeds: expected int64", (codes, embedding), {"seeds": SEEDS[:2]}),
         (ValueError, "guidance: expected float32", (codes, embedding), {"guidance": scales[:, 1:]}),
         (ValueError, "cache.k: expected", (codes, embedding), {"guidance": None}),
+        (TypeError, "guidance: expected a tensor", (codes, embedding), {"guidance": 3.0}),
         (ValueError, "top_p: expected", (codes, embedding), {"top_p": 0.0}),
+        (ValueError, "top_k: expected a whole number", (codes, embedding), {"top_k": 0.9}),
+        (ValueError, "temperature: expected 0 or", (codes, embedding), {"temperature": 1e-38}),
     ]:
         with pytest.raises(error, match=match):
             draw_tokens(*call, model, cache, **{**good, **changes})

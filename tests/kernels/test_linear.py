@@ -112,6 +112,18 @@ def test_weights_survive_packing(weight_type):
     assert ((back - w).abs() <= slack * step * largest).all()
 
 
+def test_huge_weights_are_packed_as_others():
+    """Whose squared errors overflow."""
+    w = torch.randn(16, 64)
+    for scale in (2.0**70, 2.0**120):
+        huge = w.clone()
+        huge[3, :32] *= scale
+        back = PackedWeight.pack(huge, "int4").unpack()
+        expected = PackedWeight.pack(w, "int4").unpack()
+        expected[3, :32] *= scale
+        assert torch.equal(back, expected)
+
+
 def test_errors_of_int4_are_what_least_squares_can_reach():
     """Better than the plain scale max / 7 by far more than chance."""
     w = torch.randn(64, 640)

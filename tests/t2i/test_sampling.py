@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -377,6 +378,15 @@ def test_guesses_change_no_token(lm, options, draft, ahead):
     assert torch.equal(guessed, draw(lm, speculate=0, **options))
 
 
+@fused
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("draft", ["jacobi", "int8"])
+def test_plain_passes_between_guesses_change_no_token(lm, options, draft, monkeypatch):
+    turns = itertools.cycle([2, 0, 3])  # 8 tokens without guesses
+    monkeypatch.setattr(Pace, "guesses", lambda self: next(turns))
+    assert torch.equal(draw(lm, draft=draft, **options), draw(lm, speculate=0, **options))
+
+
 def test_jacobi_works_on_modules(lm):
     options = dict(backend="reference")
     assert torch.equal(draw(lm, speculate=3, **options), draw(lm, **options))
@@ -451,17 +461,18 @@ def test_two_types_of_packed_weights_are_kept(lm):
 
 
 @fused
-def test_pictures_of_256_tokens_are_guessed_ahead_by_default():
+def test_pictures_of_512_tokens_are_guessed_ahead_by_default():
     torch.manual_seed(0)
-    lm = TransformerLM(TINY.replace(max_positions=300))
-    options = dict(grid=(16, 16), seeds=[1, 2], unconditional=UNCOND, cfg=2.0)
+    lm = TransformerLM(TINY.replace(max_positions=600))
+    options = dict(grid=(16, 32), seeds=[1, 2], unconditional=UNCOND, cfg=2.0)
     numbers = {}
     for ahead in (None, 0):
         codes, numbers[ahead] = sample_codes(lm, PROMPTS[:2], speculate=ahead, **options)
         numbers[ahead, "codes"] = codes
     assert torch.equal(numbers[None, "codes"], numbers[0, "codes"])
     assert numbers[None].drafts > 0 and numbers[0].drafts == 0
-    assert sample_codes(lm, PROMPTS[:2], weights="int8", **options).statistics.drafts == 0
+    for smaller in ("bf16", "int8"):
+        assert sample_codes(lm, PROMPTS[:2], weights=smaller, **options).statistics.drafts == 0
     many = {**options, "seeds": [1, 2, 3]}  # six rows with guidance
     assert sample_codes(lm, PROMPTS, **many).statistics.drafts == 0
     with use_backend("reference"):  # whose bits depend on how many rows there are

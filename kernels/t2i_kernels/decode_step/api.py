@@ -20,7 +20,9 @@ CACHE_SCHEMA = (
     " Tensor? rotary_sin, bool rotary_interleaved, bool positions_from_start"
 )
 SCHEMA = f"(Tensor x, {CACHE_SCHEMA}, int last) -> Tensor logits"
-ROWS = 512  # tokens of all rows in a call of the operator: what it needs of memory stays small
+# Tokens of all rows in a call of the operator, and slots that they see: what it needs of memory,
+# most of it for results of attention over parts of the slots, stays small.
+ROWS, SLOTS = 512, 2048
 
 
 def decode_step(
@@ -35,7 +37,8 @@ def decode_step(
 
     The cache is appended to and advanced by n. A prompt is read the same way, with n its length. On
     the backend ``cpu`` a row's logits are the same to the bit whatever is computed with it, and
-    however its tokens are divided among calls.
+    however its tokens are divided among calls while keys and values are finite: one that is not
+    makes NaN of tokens in front of it, too, that share a call.
 
     Args:
         x: fp32 [B, n, dim], embeddings of the new tokens, on the CPU.
@@ -49,14 +52,16 @@ def decode_step(
 
     Raises:
         TypeError, ValueError: a wrong type, shape or device.
-        IndexError: a full cache, a position outside the rotary table; nothing is written then.
+        IndexError: a full cache, a negative length or start, a position outside the rotary table;
+            nothing is written then.
         BackendError: the backend asked for cannot run the call.
     """
     call = _bind(x, decoder, cache, last=last)
     run = select("decode_step", backend, *call).run
     batch, tokens = x.shape[:2]
     logits, first = [], 0
-    room = max(1, ROWS // max(1, batch))
+    slots = max(SLOTS, cache.k.shape[2])
+    room = max(1, ROWS * SLOTS // slots // max(1, batch))
     if batch and tokens > room:  # in a first look, that all of them fit
         check_room("decode_step", decoder, cache, tokens)
     while first < tokens:
@@ -72,6 +77,11 @@ def decode_step(
 
 def check_room(op: str, decoder: PackedDecoder, cache: KVCache, tokens: int) -> None:
     """Raises IndexError where the cache or the rotary table has no room for so many tokens more."""
+    if int(cache.seqlens.min()) < 0 or int(cache.start.min()) < 0:
+        raise IndexError(
+            f"{op}: cache.seqlens and cache.start must be at least 0, got "
+            f"{cache.seqlens.tolist()} and {cache.start.tolist()}"
+        )
     high = int(cache.seqlens.max()) + tokens
     if high > cache.k.shape[2]:
         raise IndexError(
@@ -161,7 +171,18 @@ def add_backend(name: str, available, supports) -> None:
 
 
 def _cpu_supports(x, *rest) -> Reason:
-    return None if x.device.type == "cpu" else f"x is on {x.device}"
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    return cpu_takes_cache(*rest[9:13])
+
+
+def cpu_takes_cache(k, v, k_scale, v_scale) -> Reason:
+    if k.stride(4) != 1 or v.stride(4) != 1:
+        return "the cache is not contiguous in its last dimension"
+    for a, b in ((k, v), (k_scale, v_scale)):
+        if a is not None and a.stride(0) != b.stride(0):
+            return "the layers of the keys in the cache are not as far apart as those of the values"
+    return None
 
 
 register_op("decode_step", _bind)

@@ -92,6 +92,15 @@ class PackedDecoder:
         for name, choices in (("norm", NORMS), ("qk_norm", QK_NORMS)):
             if options[name] not in choices:
                 raise ValueError(f"{name}={options[name]!r}: expected one of {', '.join(choices)}")
+        if not layers:
+            raise ValueError("layers: expected at least one, got none")
+        for name in ("rotary_cos", "rotary_sin"):
+            table = options.get(name)
+            if table is not None and (table.dtype != torch.float32 or table.dim() != 2):
+                raise ValueError(
+                    f"{name}: expected float32 [positions, R/2], got {table.dtype} "
+                    f"{tuple(table.shape)}"
+                )
         outputs, dim = head.shape
         first = layers[0]
         head_dim = first.out.shape[1] // heads
@@ -107,10 +116,13 @@ class PackedDecoder:
         weights = allocate_large(total + packed_bytes(outputs, dim, weight_type))
         errors, at = {}, 0
 
-        def put(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
-            nonlocal at
+        def check_shape(name: str, matrix: Tensor, shape: tuple[int, ...]) -> None:
             if tuple(matrix.shape) != shape:
                 raise ValueError(f"{name}: expected {shape}, got {tuple(matrix.shape)}")
+
+        def put(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
+            nonlocal at
+            check_shape(name, matrix, shape)
             end = at + packed_bytes(*shape, weight_type)
             errors[name] = PackedWeight.pack(matrix, weight_type, out=weights[at:end]).error
             at = end
@@ -123,19 +135,27 @@ class PackedDecoder:
                 found = None if norm is None else tuple(norm.weight.shape)
                 raise ValueError(f"{name}: expected weights {(channels,)}, got {found}")
             vectors.append(norm.weight)
+            if norm.bias is not None:
+                check_shape(f"{name}.bias", norm.bias, (channels,))
             if options["norm"] == "layernorm":
                 vectors.append(torch.zeros_like(norm.weight) if norm.bias is None else norm.bias)
+            elif norm.bias is not None:
+                raise ValueError(f"{name}.bias: expected none, an rmsnorm has no bias")
 
         for i, layer in enumerate(layers):
             put_norm(f"layers.{i}.attention_norm", layer.attention_norm, dim)
-            if qk_norm != "none":
-                for which, count in (("q", heads), ("k", kv_heads)):
+            for which, count in (("q", heads), ("k", kv_heads)):
+                found = getattr(layer, f"{which}_norm")
+                if qk_norm != "none":
                     channels = head_dim * (count if qk_norm == "full" else 1)
-                    put_norm(f"layers.{i}.{which}_norm", getattr(layer, f"{which}_norm"), channels)
+                    put_norm(f"layers.{i}.{which}_norm", found, channels)
+                elif found is not None:
+                    raise ValueError(f"layers.{i}.{which}_norm: expected none, as qk_norm='none'")
             put_norm(f"layers.{i}.ffn_norm", layer.ffn_norm, dim)
             for name, shape in shapes.items():
                 matrix = getattr(layer, name)
                 if name == "gate_up" and padded != ffn_dim:
+                    check_shape(f"layers.{i}.gate_up", matrix, (2 * ffn_dim, dim))
                     halves = matrix.new_zeros(2, padded, dim)
                     halves[:, :ffn_dim] = matrix.unflatten(0, (2, -1))
                     matrix = halves.flatten(0, 1)

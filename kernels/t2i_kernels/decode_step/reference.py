@@ -94,4 +94,9 @@ class _Reader:
 
 def _rotate_at(x, cos, sin, seqlens, interleaved) -> Tensor:
     positions = seqlens.long()[:, None] + torch.arange(x.shape[1])
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < len(cos):
+        raise IndexError(
+            f"decode_step: positions {int(positions.min())} to {int(positions.max())} are not all "
+            f"in rotary_cos, which has {len(cos)}"
+        )
     return rotate(x, cos[positions], sin[positions], interleaved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def draw(
         positions: int64 [N], of the first of the T tokens of each image.
         guidance: fp32 [N, T], a scale s for each: the logits are uncond + s (cond − uncond), and
             the conditional ones themselves where s is 1.
-        temperature: 0 takes the most likely code.
+        temperature: 0 takes the most likely code; else 1e-6 to 1e6.
         top_k: keep the k most likely codes, and those that tie with the last one; 0 keeps all.
         top_p: of those keep the fewest whose probabilities reach p (nucleus sampling,
             arXiv 1904.09751); 1 keeps all.
@@ -67,9 +69,8 @@ def draw(
 
 
 def _bind(logits, seeds, positions, *, guidance=None, temperature=1.0, top_k=0, top_p=1.0) -> tuple:
-    call = logits, seeds, positions, guidance, float(temperature), int(top_k), float(top_p)
-    _check(*call)
-    return call
+    _check(logits, seeds, positions, guidance, temperature, top_k, top_p)
+    return logits, seeds, positions, guidance, float(temperature), int(top_k), float(top_p)
 
 
 def _check(logits, seeds, positions, guidance, temperature, top_k, top_p) -> None:
@@ -87,7 +88,10 @@ def _check(logits, seeds, positions, guidance, temperature, top_k, top_p) -> Non
 
 
 def check_noise(seeds, positions, guidance, images: int, tokens: int) -> None:
-    """Raises ValueError for what is not of so many images and tokens."""
+    """Raises TypeError and ValueError for what is not of so many images and tokens."""
+    for name, tensor in (("seeds", seeds), ("positions", positions), ("guidance", guidance)):
+        if not isinstance(tensor, Tensor) and (name != "guidance" or tensor is not None):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     for name, tensor in (("seeds", seeds), ("positions", positions)):
         if tensor.dtype != torch.int64 or tuple(tensor.shape) != (images,):
             raise ValueError(
@@ -105,10 +109,10 @@ def check_noise(seeds, positions, guidance, images: int, tokens: int) -> None:
 
 def check_options(temperature: float, top_k: int, top_p: float) -> None:
     """Raises ValueError for an option out of range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected at least 0, which keeps all, got {top_k}")
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+        raise ValueError(f"temperature: expected 0 or 1e-6 to 1e6, got {temperature}")
+    if not isinstance(top_k, Integral) or not 0 <= top_k < 1 << 63:
+        raise ValueError(f"top_k: expected a whole number, 0 to keep all codes, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
 

@@ -9,7 +9,7 @@ from .. import native
 from ..checks import check_device
 from ..decode_attention import KVCache
 from ..decode_step import PackedDecoder
-from ..decode_step.api import CACHE_SCHEMA, bind_cache, check_model, check_room
+from ..decode_step.api import CACHE_SCHEMA, bind_cache, check_model, check_room, cpu_takes_cache
 from ..draw.api import check_noise, check_options
 from ..registry import LIBRARY, Backend, Reason, register, register_op, select
 from . import reference
@@ -86,8 +86,8 @@ def _bind(
         raise ValueError(f"count: expected a whole number of at least 1, got {count!r}")
     images = len(codes)
     check_noise(seeds, positions, guidance, images, count)
+    check_options(temperature, top_k, top_p)
     options = float(temperature), int(top_k), float(top_p)
-    check_options(*options)
     model = bind_cache(decoder, cache, images * (1 if guidance is None else 2))
     if not isinstance(embedding, Tensor):
         raise TypeError(f"embedding: expected a tensor, got {type(embedding).__name__}")
@@ -119,7 +119,9 @@ def add_backend(name: str, available, supports) -> None:
 
 
 def _cpu_supports(codes, *rest) -> Reason:
-    return None if codes.device.type == "cpu" else f"codes are on {codes.device}"
+    if codes.device.type != "cpu":
+        return f"codes are on {codes.device}"
+    return cpu_takes_cache(*rest[17:21])
 
 
 register_op("draw_tokens", _bind)

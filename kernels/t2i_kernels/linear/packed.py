@@ -187,13 +187,15 @@ def _best_int4(groups: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and values in [-8, 7] of the least squared error among some scales of either sign: the
     largest weight may lie beyond the last step, if the others gain by it."""
     largest = groups.abs().amax(dim=-1, keepdim=True)
+    # Squares of large weights are inf. A power of two leaves the order of errors as it is.
+    unit = torch.exp2(-torch.frexp(largest).exponent.clamp(min=-100).float())
     best = torch.full_like(largest, torch.inf)
     best_scale, best_values = torch.zeros_like(largest), torch.zeros_like(groups)
     for steps in torch.linspace(6.5, 9, 11).tolist():
         for sign in (1, -1):
             scale = (sign * largest / steps).bfloat16().float()
             values = (groups / _nonzero(scale)).round().clamp(-8, 7)
-            error = (values * scale - groups).square().sum(dim=-1, keepdim=True)
+            error = ((values * scale - groups) * unit).square().sum(dim=-1, keepdim=True)
             better = error < best
             best = torch.where(better, error, best)
             best_scale = torch.where(better, scale, best_scale)
