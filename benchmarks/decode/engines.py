@@ -199,8 +199,9 @@ class LlamaCpp:
         options.n_threads = options.n_threads_batch = threads
         if self.fork:
             options.flash_attn = batch == 1  # an assertion fails in it with several sequences
-        if precision == "fp32":
-            options.type_k = options.type_v = 0  # GGML_TYPE_F32: of 16 bits, tokens are others
+        if precision == "fp32":  # by itself it draws other tokens where scores are close
+            options.type_k = options.type_v = 0  # GGML_TYPE_F32
+            options.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
         new = getattr(llama, "llama_init_from_model", None) or llama.llama_new_context_with_model
         context = new(model, options)
         self.bytes = file.stat().st_size
