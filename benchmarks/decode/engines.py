@@ -113,7 +113,7 @@ class T2I:
 
 
 class Transformers:
-    precisions = ("fp32",)
+    precisions = ("fp32", "bf16")
     packages = ("transformers", "torch")
 
     def convert(self, folder: Path, precision: str) -> None:
@@ -125,7 +125,8 @@ class Transformers:
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         prompt = torch.tensor(SHAPES[folder.name].prompts(batch))
         mask = torch.ones_like(prompt)
         self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -467,7 +468,7 @@ class GuidedTransformers(Transformers):
 
 
 ENGINES = {
-    "transformers": Transformers(),  # first: the others are checked by it, in fp32
+    "transformers": Transformers(),
     "t2i": T2I(),
     "llama.cpp": LlamaCpp(fork=False),
     "ik_llama.cpp": LlamaCpp(fork=True),

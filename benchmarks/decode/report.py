@@ -31,7 +31,7 @@ the whole head, from the same random weights. In fp32 an engine takes part whose
 those of transformers; in the other precisions, whose rounding differs, the share of tokens that
 are ours is in the list of all engines. int8 and int4 are each engine's own format of about as many
 bits, for all matrices; llama.cpp's bf16 is f16, and it is compiled without AMX, with which it
-crashes on the smaller shape. transformers runs in fp32 alone, CTranslate2 in fp32 and int8,
+crashes on the smaller shape. transformers runs in fp32 and bf16, CTranslate2 in fp32 and int8,
 ik_llama.cpp, made for small weights, in int8 and int4, ONNX Runtime in all but bf16, which its
 kernels for the CPU do not have. With fp32 weights all keep keys and values in fp32, otherwise as
 each does by itself: llama.cpp in 16 bits, OpenVINO in 8; "cache" says how we do, in bf16, which is

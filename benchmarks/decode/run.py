@@ -204,7 +204,10 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
     needed: list[int] = []  # bytes of memory
     expected = None
     tokens = case["tokens"]
-    for name, engine in (ENGINES | (PICTURES if SHAPES[case["shape"]].ours else SLICED)).items():
+    engines = ENGINES | (PICTURES if SHAPES[case["shape"]].ours else SLICED)
+    checks = "transformers" if case["precision"] == "fp32" else "t2i"  # the others
+    for name in sorted(engines, key=lambda name: name != checks):
+        engine = engines[name]
         if case["precision"] not in engine.precisions:
             continue
         if pythons[name] is None:
@@ -216,7 +219,7 @@ def race(case: dict, folder: Path, pythons: dict, rounds: int) -> dict[str, Any]
         except (RuntimeError, OSError) as reason:
             rows[name] = {"skipped": str(reason)}
             continue
-        if expected is None:  # of transformers in fp32, else of us
+        if expected is None:
             expected = first["tokens"]
         same = sum(a == b for x, y in zip(first["tokens"], expected, strict=name in ENGINES)
                    for a, b in zip(x, y, strict=name in ENGINES))  # fmt: skip
