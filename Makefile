@@ -11,7 +11,8 @@
 #                when others of these commands follow
 # make cuda-static  compile the CUDA kernels, no GPU either: benchmarks/results/cuda_static.md
 # make gpu-static   compile the Triton kernels without a GPU: benchmarks/results/gpu_static.md
-# make bench-decode   measure decoding beside other engines, hours: benchmarks/results/decode.md
+# make bench-decode   measure decoding beside other engines, hours: benchmarks/results/decode.md;
+#                what such a processor has measured already only with BENCH_DECODE=--again
 # make install   only make the environment: .venv/bin/t2i, .venv/bin/python
 # make clean     remove the environment and what the build left
 #
@@ -108,7 +109,7 @@ gpu-static: $(VENV)/installed-test
 
 bench-decode: $(VENV)/installed-bench
 	mkdir -p benchmarks/results
-	$(VENV)/bin/python benchmarks/decode/run.py
+	$(VENV)/bin/python benchmarks/decode/run.py $(BENCH_DECODE)
 	$(VENV)/bin/python benchmarks/decode/report.py
 
 install: $(VENV)/installed
