@@ -188,7 +188,7 @@ class LlamaCpp:
         options = llama.llama_model_default_params()
         options.use_mmap = False
         if self.fork:
-            options.repack_tensors = True  # rows interleaved: up to a tenth faster, or more
+            options.repack_tensors = True  # interleaved rows, which are faster
         name = "llama_model_load_from_file"
         model = getattr(llama, name, None) or llama.llama_load_model_from_file
         model = model(str(file).encode(), options)

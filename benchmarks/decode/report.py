@@ -28,31 +28,30 @@ ABOUT = """# Decoding
 
 Made by `make bench-decode`. Every engine decodes 256 tokens behind a prompt of 64, greedily, with
 the whole head, from the same random weights. In fp32 an engine takes part whose first tokens are
-those of transformers; in the other precisions, whose rounding differs, the share of tokens that
-are ours is in the list of all engines. int8 and int4 are each engine's own format of about as many
+those of transformers; in the other precisions, whose rounding differs, the share of tokens that are
+ours is in the list of all engines. int8 and int4 are each engine's own format of about as many
 bits, for all matrices; llama.cpp's bf16 is f16, and it is compiled without AMX, with which it
 crashes on the smaller shape. transformers runs in fp32 and bf16, CTranslate2 in fp32 and int8,
-ik_llama.cpp, made for small weights, in int8 and int4, ONNX Runtime in all but bf16, which its
-kernels for the CPU do not have. With fp32 weights all keep keys and values in fp32, otherwise as
-each does by itself: llama.cpp in 16 bits, OpenVINO in 8; "cache" says how we do, in bf16, which is
-asked for: `sample` keeps fp32 unless told. OpenVINO keeps those of a prompt, too, which is read
-once: its time is not told.
+ik_llama.cpp, made for small weights, in int8 and int4, ONNX Runtime in all but bf16. With fp32
+weights all keep keys and values in fp32, otherwise as each does by itself: llama.cpp in 16 bits,
+OpenVINO in 8; "cache" says how we do, in bf16, which is asked for: `sample` keeps fp32 unless told.
+OpenVINO keeps those of a prompt, too, which is read once: its time is not told.
 
 Engines take turns; numbers are medians, "spread" is the range over the median. Other machines share
 the memory of this one, and take half its speed for minutes: turns are compared that had it at one
 speed, within a tenth, the one that leaves the most to the engine with the fewest; "turns" is how
-many that engine has, "any" where all count, since none are at one speed or the speed was
-measured once for all. A ratio above 1 is how many times
-as many tokens a second we decode as the best engine; **bold** is where an engine wins, and ~ where
-it is not certain who does: our slowest turn and its fastest one overlap. The share of
-the bandwidth counts the weights and the cache that a step reads, of what the same threads read of
-as many bytes right before and after each turn; "goal" is what we set ourselves for both. Where
-memory is short, engines are started for each of their turns.
+many that engine has, "any" where all count, since none are at one speed or the speed was measured
+once for all. A ratio above 1 is how many times as many tokens a second we decode as the best
+engine; **bold** is where an engine wins, and ~ where it is not certain who does: our slowest turn
+and its fastest one overlap. The share of the bandwidth counts the weights and the cache that a step
+reads, of what the same threads read of as many bytes right before and after each turn; "goal" is
+what we set ourselves for both. Where memory is short, engines are started for each of their turns.
 
-Results with AMX are older: ik_llama.cpp is its wheel there, which has no AVX-512, ONNX Runtime has
-no int8, llama.cpp keeps 16 bits of keys and values in fp32, too, which cost it its place where
-tokens differed, the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, and the
-speed of memory is that of reading as many bytes as the weights alone.
+Results with AMX, and others that README lists under "Not done yet", are older: ik_llama.cpp is its
+wheel there, which has no AVX-512, ONNX Runtime has no int8, transformers no bf16, and llama.cpp
+keeps 16 bits of keys and values in fp32, too, which cost it its place where tokens differed. With
+AMX the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, too, and the speed
+of memory is that of reading as many bytes as the weights alone.
 """
 PICTURES = """Seconds for the tokens of one picture with guidance, its prompt included, the pixels
 not. Ours are all of sampling: guidance, noise and draw behind every step. transformers draws with
@@ -82,6 +81,12 @@ GOALS = {
 
 def main() -> None:
     runs = [compared(run) for run in json.loads((RESULTS / "decode.json").read_text())["runs"]]
+    machines = defaultdict(set)  # that have a name, by their instruction set
+    for run in runs:
+        machines[run["case"]["instruction_set"]] |= {run["case"]["machine"]} - {""}
+    for case in [run["case"] for run in runs]:
+        if len(machines[case["instruction_set"]]) > 1:
+            case["instruction_set"] += f" of {case['machine'] or 'another machine'}"
     latest = runs[-1]["case"]["machine"], runs[-1]["case"]["instruction_set"]
     order = ("fp32", "bf16", "int8", "int4")
     runs.sort(key=lambda run: (

@@ -111,8 +111,8 @@ def environment(name: str) -> str | None:
     # (llama-cpp-python 0.3.36) end with a segmentation fault on the smaller shape.
     flags = " ".join(f"-DCMAKE_{x}_FLAGS=-mno-amx-int8" for x in ("C", "CXX"))
     amx = "amx_int8" in Path("/proc/cpuinfo").read_text()
-    arguments = f"-DGGML_NATIVE=ON -DCMAKE_INSTALL_RPATH=$ORIGIN {flags if amx else ''}"
-    variables = os.environ | {"CMAKE_ARGS": arguments}
+    cmake = f"-DGGML_NATIVE=ON -DCMAKE_INSTALL_RPATH=$ORIGIN {flags if amx else ''}"
+    variables = os.environ | {"CMAKE_ARGS": cmake}
     with open(folder / "log.txt", "a") as log:
 
         def pip(*arguments: str | Path) -> None:

@@ -86,16 +86,7 @@ Tensor decode_attention(Tensor q, Tensor k_new, Tensor v_new, Tensor k_cache, Te
             "the cache ", shape(k_cache), ", got ", shape(s));
     }
   }
-  check(kOp, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
-        batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
-  check(kOp, rotary_cos.has_value() == rotary_sin.has_value(),
-        "rotary_cos and rotary_sin: give both or none");
-  if (rotary_cos) {
-    check(kOp, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
-              2 * rotary_cos->size(1) <= q.size(3),
-          "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", q.size(3),
-          ", got ", shape(*rotary_cos), " and ", shape(*rotary_sin));
-  }
+  check_places(kOp, batch, q.size(3), seqlens, start, rotary_cos, rotary_sin);
   std::vector<int64_t> out_shape;
   for (int64_t i = 0; i < 4; ++i) out_shape.push_back(q.size(i));
   Tensor out = torch::stable::empty(out_shape, q.scalar_type());

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "bindings/common.h"
@@ -20,6 +21,19 @@ inline cpu::CacheType cache_type(const char* op, const Tensor& cache) {
     case cpu::FloatType::f16: return cpu::CacheType::f16;
   }
   return cpu::CacheType::f32;
+}
+
+// That rows have a place in the cache each, and rotary tables fit to them.
+inline void check_places(const char* op, int64_t batch, int64_t head_dim, const Tensor& seqlens,
+                         const Tensor& start, const std::optional<Tensor>& cos,
+                         const std::optional<Tensor>& sin) {
+  check(op, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
+        batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
+  check(op, cos.has_value() == sin.has_value(), "rotary_cos and rotary_sin: give both or none");
+  if (!cos) return;
+  check(op, cos->dim() == 2 && shape(*cos) == shape(*sin) && 2 * cos->size(1) <= head_dim,
+        "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", head_dim, ", got ",
+        shape(*cos), " and ", shape(*sin));
 }
 
 template <typename... Args>

@@ -341,16 +341,7 @@ struct Model {
       check(op, fits, "scales of a cache ", shape(k_cache), " must be alike and have its first four "
             "dimensions, got ", shape(s));
     }
-    check(op, seqlens.numel() == batch && start.numel() == batch, "seqlens and start must have ",
-          batch, " numbers, got ", seqlens.numel(), " and ", start.numel());
-    check(op, rotary_cos.has_value() == rotary_sin.has_value(),
-          "rotary_cos and rotary_sin: give both or none");
-    if (rotary_cos) {
-      check(op, rotary_cos->dim() == 2 && shape(*rotary_cos) == shape(*rotary_sin) &&
-                2 * rotary_cos->size(1) <= k_cache.size(4),
-            "rotary_cos and rotary_sin must be [positions, R/2] with R at most ", k_cache.size(4),
-            ", got ", shape(*rotary_cos), " and ", shape(*rotary_sin));
-    }
+    check_places(op, batch, k_cache.size(4), seqlens, start, rotary_cos, rotary_sin);
     check(op, weights.is_cpu() && weights.is_contiguous() && vectors.is_cpu() &&
               vectors.is_contiguous() && vectors.scalar_type() == ScalarType::Float,
           "weights and vectors must be contiguous on the CPU");

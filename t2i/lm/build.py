@@ -121,7 +121,7 @@ def _read_lm(folder: Path) -> tuple[LMConfig, dict[str, Tensor]]:
     state = {name: tensor.float() for name, tensor in state.items()}
     try:
         config = LMConfig.from_dict(description["config"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'lm.json'} is damaged: {error!r}") from error
     return config, state
 

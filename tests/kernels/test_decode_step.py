@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from t2i_kernels import native
+from t2i_kernels import native, registry
 from t2i_kernels.decode_step import LayerWeights, NormWeights, PackedDecoder, decode_step
 from t2i_kernels.linear import WEIGHT_TYPES
 
@@ -283,11 +284,20 @@ def test_a_long_prompt_beyond_the_rotary_table_writes_nothing(from_start):
     assert cache.k.isnan().all() and cache.seqlens.tolist() == [0]
 
 
-def test_long_caches_take_prompts_in_smaller_parts():
+def test_long_caches_take_prompts_in_smaller_parts(monkeypatch):
+    from t2i_kernels.decode_step import api
+
+    parts = []
+
+    def select(*call):
+        run = registry.select(*call).run
+        return SimpleNamespace(run=lambda x, *rest: parts.append(x.shape[1]) or run(x, *rest))
+
+    monkeypatch.setattr(api, "select", select)
     model = decoder(rotary="none")
     x = torch.randn(1, 200, DIM)
     logits = [decode_step(x, model, model.allocate_cache(1, slots)) for slots in (200, 8192)]
-    assert torch.equal(*logits)  # 200 tokens at once, then 128 and 72
+    assert torch.equal(*logits) and parts == [200, 128, 72]
 
 
 def test_errors_name_the_argument():

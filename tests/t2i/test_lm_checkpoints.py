@@ -111,6 +111,12 @@ def test_damaged_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match="lm.safetensors is damaged"):
         load_lm(tmp_path)
     weights.write_bytes(content)
+    for config in ({}, {"layers": 3}):
+        whole = (tmp_path / "lm.json").read_text()
+        edit(tmp_path / "lm.json", config=config)
+        with pytest.raises(ValueError, match="lm.json is damaged"):
+            load_lm(tmp_path)
+        (tmp_path / "lm.json").write_text(whole)
     edit(tmp_path / "lm.json", config=LM_CONFIGS["emoji"].to_dict())
     with pytest.raises(ValueError, match=f"{tmp_path} do not fit(.|\n)*layers.1"):
         load_lm(tmp_path)

@@ -151,7 +151,15 @@ def test_an_interrupted_save_leaves_no_mixture(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "damage",
-    ["{", "[]", "{}", dict(image_size=8), dict(sampling={"topk": 5}), dict(sampling={"top_p": 0})],
+    [
+        "{",
+        "[]",
+        "{}",
+        dict(image_size=8),
+        dict(image_size=["64", "64"]),
+        dict(sampling={"topk": 5}),
+        dict(sampling={"top_p": 0}),
+    ],
 )
 def test_a_damaged_description_is_named(model, tmp_path, damage):
     model.save_pretrained(tmp_path)

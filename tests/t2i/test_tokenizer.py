@@ -167,6 +167,10 @@ def test_folders_that_do_not_load_say_why(tmp_path):
     description.write_text(json.dumps({**fields, "kind": "vae"}))
     with pytest.raises(ValueError, match="kind 'vae', expected emoji64 or vqgan"):
         load_tokenizer(tmp_path)
+    for config in (None, {"codes": 3}):
+        description.write_text(json.dumps({**fields, "config": config}))
+        with pytest.raises(ValueError, match="tokenizer.json is damaged"):
+            load_tokenizer(tmp_path)
     description.write_text(json.dumps(fields))
     with pytest.raises(ValueError, match="holds another tokenizer than 'llamagen-vq16'"):
         load_tokenizer(tmp_path, "llamagen-vq16")

@@ -177,6 +177,7 @@ def _cpu_supports(x, *rest) -> Reason:
 
 
 def cpu_takes_cache(k, v, k_scale, v_scale) -> Reason:
+    """Why the CPU's operators cannot take a cache; None where they can."""
     if k.stride(4) != 1 or v.stride(4) != 1:
         return "the cache is not contiguous in its last dimension"
     for a, b in ((k, v), (k_scale, v_scale)):

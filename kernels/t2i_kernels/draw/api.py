@@ -89,10 +89,11 @@ def _check(logits, seeds, positions, guidance, temperature, top_k, top_p) -> Non
 
 def check_noise(seeds, positions, guidance, images: int, tokens: int) -> None:
     """Raises TypeError and ValueError for what is not of so many images and tokens."""
-    for name, tensor in (("seeds", seeds), ("positions", positions), ("guidance", guidance)):
-        if not isinstance(tensor, Tensor) and (name != "guidance" or tensor is not None):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if guidance is not None and not isinstance(guidance, Tensor):
+        raise TypeError(f"guidance: expected a tensor, got {type(guidance).__name__}")
     for name, tensor in (("seeds", seeds), ("positions", positions)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype != torch.int64 or tuple(tensor.shape) != (images,):
             raise ValueError(
                 f"{name}: expected int64 {(images,)}, one for each image, got {tensor.dtype} "
