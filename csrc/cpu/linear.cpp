@@ -493,12 +493,15 @@ void multiply(const PackedMatrix& w, const LinearInputs& in, int64_t begin, int6
 // ---- Quantisation ------------------------------------------------------------------------------
 
 // Bytes may alias whatever else there is: results are local until they are complete.
-void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum) {
-  Vec largest(0.f);
+inline __attribute__((always_inline)) void quantize_group(const float* x, int8_t* values,
+                                                          float* scale, int32_t* sum) {
+  // By their bits, of which NaN has the largest: it needs no look at every step.
+  using Int = at::vec::Vectorized<int32_t>;
+  Int bits(0);
   for (int64_t k = 0; k < kGroupInputs; k += kLanes) {
-    largest = at::vec::maximum(largest, Vec::loadu(x + k).abs());  // keeps NaN
+    bits = at::vec::maximum(bits, at::vec::cast<int32_t>(Vec::loadu(x + k).abs()));
   }
-  const float most = largest_lane(largest), step = most / 127;
+  const float most = largest_magnitude(bits), step = most / 127;
   if (!(most < kInf)) {
     std::memset(values, 0, kGroupInputs);
     *scale = std::numeric_limits<float>::quiet_NaN();
@@ -525,15 +528,16 @@ void quantize_group(const float* x, int8_t* values, float* scale, int32_t* sum) 
 
 void quantize(const float* x, int64_t inputs, const Quantized& row) {
   const int64_t groups = (inputs + kBlockInputs - 1) / kBlockInputs * 2;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t first = group * kGroupInputs, count = min_of(kGroupInputs, inputs - first);
+  const int64_t whole = inputs / kGroupInputs;
+  for (int64_t group = 0; group < whole; ++group) {
+    const int64_t first = group * kGroupInputs;
+    quantize_group(x + first, row.values + first, row.scales + group, row.sums + group);
+  }
+  for (int64_t group = whole; group < groups; ++group) {  // filled up with zeros
+    const int64_t first = group * kGroupInputs;
     float padded[kGroupInputs] = {};
-    const float* from = x + first;
-    if (count < kGroupInputs) {
-      if (count > 0) std::memcpy(padded, from, size_t(count) * sizeof(float));
-      from = padded;
-    }
-    quantize_group(from, row.values + first, row.scales + group, row.sums + group);
+    if (first < inputs) std::memcpy(padded, x + first, size_t(inputs - first) * sizeof(float));
+    quantize_group(padded, row.values + first, row.scales + group, row.sums + group);
   }
 }
 

@@ -193,6 +193,21 @@ inline float largest_lane(Vec x) {
   return lanes[0];
 }
 
+// The largest of floats that are not negative, given as their bits, which are in the same order; NaN
+// where one is.
+inline float largest_magnitude(at::vec::Vectorized<int32_t> bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const int32_t most = _mm512_reduce_max_epi32(bits);
+#else
+  int32_t lanes[kLanes], most = 0;
+  bits.store(lanes);
+  for (int32_t lane : lanes) most = lane > most ? lane : most;
+#endif
+  float out;
+  std::memcpy(&out, &most, sizeof(out));
+  return out;
+}
+
 // ---- Exponentials ------------------------------------------------------------------------------
 
 constexpr float kLog2e = 1.4426950408889634f;
