@@ -174,9 +174,9 @@ LINEAR = {
     "last rows dropped": ("first + row, rows - row,", "first + row, 0 * row,", "product"),
     "row 193 written to row 1": ("out.out + first * out.stride, out)", "out.out, out)", "product"),
     "NaN taken for a number": ("= std::numeric_limits<float>::quiet_NaN()", "= 0", "finite"),
-    "half of the lanes unseen": (
-        "step < kLanes; step *= 2",
-        "2 * step < kLanes; step *= 2",
+    "half of a group unseen": (
+        "bits = at::vec::maximum(bits, at::vec::cast<int32_t>(Vec::loadu(x + k).abs()))",
+        "bits = at::vec::cast<int32_t>(Vec::loadu(x + k).abs())",
         "product",
     ),
 }
