@@ -495,7 +495,7 @@ void multiply(const PackedMatrix& w, const LinearInputs& in, int64_t begin, int6
 // Bytes may alias whatever else there is: results are local until they are complete.
 inline __attribute__((always_inline)) void quantize_group(const float* x, int8_t* values,
                                                           float* scale, int32_t* sum) {
-  // By their bits, of which NaN has the largest: it needs no look at every step.
+  // The largest |x| by its bits, of which NaN has the largest: no step has to look for it.
   using Int = at::vec::Vectorized<int32_t>;
   Int bits(0);
   for (int64_t k = 0; k < kGroupInputs; k += kLanes) {
