@@ -47,11 +47,11 @@ and its fastest one overlap. The share of the bandwidth counts the weights and t
 reads, of what the same threads read of as many bytes right before and after each turn; "goal" is
 what we set ourselves for both. Where memory is short, engines are started for each of their turns.
 
-Results with AMX, and others that README lists under "Not done yet", are older: ik_llama.cpp is its
-wheel there, which has no AVX-512, ONNX Runtime has no int8, transformers no bf16, and llama.cpp
-keeps 16 bits of keys and values in fp32, too, which cost it its place where tokens differed. With
-AMX the heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to 8 bits in int4, too, and the speed
-of memory is that of reading as many bytes as the weights alone.
+Results with AMX are older: ik_llama.cpp is its wheel there, which has no AVX-512, ONNX Runtime has
+no int8, transformers no bf16, and llama.cpp keeps 16 bits of keys and values in fp32, too, which
+cost it its place where tokens differed. The heads of llama.cpp, ik_llama.cpp and OpenVINO have 6 to
+8 bits there in int4, too, and the speed of memory is that of reading as many bytes as the weights
+alone. README says under "Not done yet" which others are of an earlier version of ours.
 """
 PICTURES = """Seconds for the tokens of one picture with guidance, its prompt included, the pixels
 not. Ours are all of sampling: guidance, noise and draw behind every step. transformers draws with
